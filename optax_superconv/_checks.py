@@ -1,0 +1,128 @@
+"""When is an argument bad, and what does the message say?
+
+Arguments are checked where an object is built, and only when they are concrete: a
+traced value is data, and nothing may raise under ``jit``. Every message names the
+argument, the rule and the value.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Optax counts steps in int32 and saturates there.
+MAX_STEPS = int(np.iinfo(np.int32).max)
+
+
+def require(holds: bool | np.bool_, name: str, rule: str, value: Any) -> None:
+    """Raises ``ValueError`` naming argument, rule and value unless ``holds``."""
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule}, got {value}.")
+
+
+def steps(name: str, value: Any, *, at_least: int = 0, below: str = "") -> int:
+    """Returns ``value`` as a Python int of at least ``at_least`` steps."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        whole = operator.index(value)
+    except TypeError:
+        traced = isinstance(value, jax.core.Tracer)
+        advice = (
+            " Durations are fixed when the program is compiled: under `jit` or `vmap`"
+            " close over them, under `optax.inject_hyperparams` name them in"
+            " `static_args`."
+            if traced
+            else ""
+        )
+        raise TypeError(
+            f"`{name}` must be a whole number of steps (a Python int), got "
+            f"{'a traced value' if traced else repr(value)} of type "
+            f"{type(value).__name__}.{advice}"
+        ) from None
+    rule = f"at least {at_least}" + (f" and {below}" if below else "")
+    require(whole >= at_least, name, rule, whole)
+    require(whole <= MAX_STEPS, name, f"at most {MAX_STEPS} (int32 counts)", whole)
+    return whole
+
+
+def number(
+    name: str,
+    value: Any,
+    rule: str = "finite",
+    holds: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray | None:
+    """Checks a number or an array of numbers; returns it, or None when traced."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    array = None
+    if not isinstance(value, str | bytes | bool | list | tuple) and value is not None:
+        try:
+            array = np.asarray(value)
+        except (TypeError, ValueError):
+            array = None
+    if array is None or not (
+        jnp.issubdtype(array.dtype, jnp.floating)
+        or jnp.issubdtype(array.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            f"`{name}` must be a number or an array of numbers, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    array = array.astype(np.float64)
+    good = np.isfinite(array)
+    if holds is not None:
+        good = good & holds(array)
+    require(np.all(good), name, rule, value)
+    return array
+
+
+def number_or_schedule(
+    name: str,
+    value: Any,
+    rule: str = "finite",
+    holds: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> None:
+    """Checks a constant; a schedule passes, for its values are known at run time."""
+    if not callable(value):
+        number(name, value, rule, holds)
+
+
+def function(name: str, value: Any) -> None:
+    """Raises ``TypeError`` unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(
+            f"`{name}` must be callable, got {value!r} of type {type(value).__name__}."
+        )
+
+
+def choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raises unless ``value`` is one of the ``known`` names, which it lists."""
+    known = tuple(known)
+    if not isinstance(value, str):
+        raise TypeError(
+            f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r} of "
+            f"type {type(value).__name__}."
+        )
+    require(value in known, name, f"one of {', '.join(map(repr, known))}", repr(value))
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a constant is known to be 0; a traced value is not known."""
+    return not isinstance(value, jax.core.Tracer) and not np.any(np.asarray(value))
+
+
+def non_negative(array: np.ndarray) -> np.ndarray:
+    """The rule "finite and at least 0" (finiteness is always checked)."""
+    return array >= 0
+
+
+DECAY_RULE = "at least 0 and less than 1"
+
+
+def decay_rate(array: np.ndarray) -> np.ndarray:
+    """The rule "at least 0 and less than 1", for momenta and Adam's betas."""
+    return (array >= 0) & (array < 1)

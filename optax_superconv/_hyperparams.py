@@ -1,0 +1,217 @@
+"""What was applied, and how is it read back?
+
+A schedule knows what should be applied at a step; a log wants what was. So whatever
+applies a hyperparameter records it in its own state, in float32 whatever the dtype of
+the parameters, and one call finds all records in any optimizer state.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from optax_superconv import _checks
+
+
+class AppliedHyperparams(NamedTuple):
+    """The record: what the last update applied, before the first what it will apply."""
+
+    values: dict[str, jax.Array]  # (), float32 each
+
+
+class ScheduledState(NamedTuple):
+    """State of a transformation that has a single hyperparameter and no memory."""
+
+    count: jax.Array  # (), int32
+    applied: AppliedHyperparams
+
+
+def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    """The value of a constant or a schedule at ``count``, in float32."""
+    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+
+
+def wide_dtype(leaf: ArrayLike) -> np.dtype:
+    """The leaf's dtype, and at least float32."""
+    dtype = jnp.asarray(leaf).dtype
+    return np.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
+def widen(leaf: ArrayLike) -> jax.Array:
+    """The leaf in 32 bits or more, so that float32 hyperparameters keep their value."""
+    return jnp.asarray(leaf).astype(wide_dtype(leaf))
+
+
+def times(value: jax.Array, wide: jax.Array) -> jax.Array:
+    """A hyperparameter times a widened leaf, in the leaf's dtype."""
+    return value.astype(wide.dtype) * wide
+
+
+def scheduled_transform(
+    name: str,
+    value: optax.ScalarOrSchedule,
+    apply: Callable[[jax.Array, optax.Updates, optax.Params | None], optax.Updates],
+) -> optax.GradientTransformationExtraArgs:
+    """Applies a recorded constant or schedule: ``apply(value, updates, params)``."""
+
+    def init_fn(params: optax.Params) -> ScheduledState:
+        del params
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledState(count, AppliedHyperparams({name: value_at(value, count)}))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScheduledState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScheduledState]:
+        del extra_args
+        applied = value_at(value, state.count)
+        return apply(applied, updates, params), ScheduledState(
+            optax.safe_increment(state.count), AppliedHyperparams({name: applied})
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_learning_rate(
+    learning_rate: optax.ScalarOrSchedule, *, flip_sign: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Scales updates by the (negated) learning rate, and records the rate it applied.
+
+    Optax's function of the same name and contract, for the end of any chain; put it in
+    that one's place and :func:`read_hyperparams` reads the rate. Differs in this:
+
+    1. The state is the same for a constant and for a schedule, so that a checkpoint of
+       one loads into the other.
+    2. The rate is float32 whatever the dtype of the updates, which keep theirs.
+
+    Args:
+      learning_rate: A number, or a schedule ``count -> rate``.
+      flip_sign: Whether to multiply by minus the rate, as descent needs.
+
+    Returns:
+      The transformation. Its record is the rate itself, never negated.
+
+    Raises:
+      ValueError: If a constant rate is not finite.
+      TypeError: If the rate is neither a number nor callable.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_superconv as osc
+      >>> schedule = lambda count: 0.1 / (count + 1)
+      >>> tx = optax.chain(
+      ...     optax.scale_by_lion(), osc.scale_by_learning_rate(schedule))
+      >>> params = jnp.ones(3)
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(params, state, params)
+      >>> print(float(osc.read_hyperparams(state)["learning_rate"]))
+      0.05000000074505806
+
+    References:
+      `Optax <https://optax.readthedocs.io>`_, ``scale_by_learning_rate``.
+    """
+    _checks.number_or_schedule("learning_rate", learning_rate)
+
+    def apply(
+        rate: jax.Array, updates: optax.Updates, params: optax.Params | None
+    ) -> optax.Updates:
+        del params
+        factor = -rate if flip_sign else rate
+        return jax.tree.map(
+            lambda g: times(factor, widen(g)).astype(jnp.asarray(g).dtype), updates
+        )
+
+    return scheduled_transform("learning_rate", learning_rate, apply)
+
+
+def add_decayed_weights(
+    weight_decay: optax.ScalarOrSchedule, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.add_decayed_weights`` that records the decay and keeps one structure."""
+    _checks.number_or_schedule(
+        "weight_decay", weight_decay, "finite and at least 0", _checks.non_negative
+    )
+
+    def apply(
+        decay: jax.Array, updates: optax.Updates, params: optax.Params | None
+    ) -> optax.Updates:
+        if not callable(weight_decay) and _checks.is_zero(weight_decay):
+            return updates  # Reads no parameters, so none need to be given.
+        if params is None:
+            raise ValueError(
+                "`params` must be given to `update` to decay weights, got None."
+            )
+
+        def decayed(g: ArrayLike, p: ArrayLike) -> jax.Array:
+            wide = widen(g)
+            return (wide + times(decay, widen(p))).astype(jnp.asarray(g).dtype)
+
+        return jax.tree.map(decayed, updates, params)
+
+    transform = scheduled_transform("weight_decay", weight_decay, apply)
+    return transform if mask is None else optax.masked(transform, mask)
+
+
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+_KNOWN = (AppliedHyperparams, optax.PartitionState, *_INJECTED)
+
+
+def _find_applied(tree: Any, suffix: str = "") -> Iterator[tuple[str, Any]]:
+    for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _KNOWN)):
+        if isinstance(node, AppliedHyperparams):
+            yield from ((name + suffix, value) for name, value in node.values.items())
+        elif isinstance(node, _INJECTED):
+            yield from (
+                (name + suffix, value) for name, value in node.hyperparams.items()
+            )
+            yield from _find_applied(node.inner_state, suffix)
+        elif isinstance(node, optax.PartitionState):
+            for label, inner_state in node.inner_states.items():
+                yield from _find_applied(inner_state, f"{suffix}/{label}")
+
+
+def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
+    """Reads the hyperparameters that the last update applied, for a log line.
+
+    Finds the records of this package's transformations, and the hyperparameters of
+    ``optax.inject_hyperparams``, at any nesting: ``chain``, ``named_chain``,
+    ``partition``, ``masked``, ``MultiSteps``, ``apply_if_finite``. Works inside and
+    outside ``jit`` and does not wait for the device.
+
+    Args:
+      opt_state: An optimizer state, or any pytree that holds one: an
+        ``nnx.Optimizer`` or its ``opt_state``, a Linen ``TrainState``.
+
+    Returns:
+      Name to value, 0-dimensional float32 arrays: ``learning_rate``, ``momentum`` or
+      ``b1``, ``weight_decay``, and whatever ``inject_hyperparams`` holds, in its dtype.
+      Inside ``partition`` the names are ``name/<label>``. A name that occurs again is
+      numbered, ``name_2``, ``name_3``. Before the first update the values are those of
+      step 0. A state without any of this gives ``{}``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> tx = osc.onecycle_sgd(1.0, total_steps=10)
+      >>> applied = osc.read_hyperparams(tx.init(jnp.ones(3)))
+      >>> print({name: round(float(value), 2) for name, value in applied.items()})
+      {'weight_decay': 0.0, 'momentum': 0.95, 'learning_rate': 0.04}
+    """
+    found: dict[str, jax.Array] = {}
+    for name, value in _find_applied(opt_state):
+        # A Flax NNX optimizer holds its state in Variables, which are pytrees.
+        (leaf,) = jax.tree.leaves(value)
+        key, number = name, 1
+        while key in found:
+            number += 1
+            key = f"{name}_{number}"
+        found[key] = jnp.asarray(leaf)
+    return found

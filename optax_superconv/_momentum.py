@@ -1,0 +1,262 @@
+r"""Which momentum at which step?
+
+Momentum is a running sum of gradients (``trace``) or a running mean (Adam's first
+moment). A sum takes a schedule as it is. A mean needs its bias removed, and dividing by
+:math:`1 - \beta_t^t` is right only while :math:`\beta` stands still: cycling it
+between 0.95 and 0.85 misscales the first moment by up to a third. So each of Adam's
+means carries the mean of a constant 1 beside it,
+
+.. math:: w_t = \beta_t w_{t-1} + (1 - \beta_t), \qquad w_0 = 0,
+
+and is divided by that, which is exact for any schedule and equals
+:math:`1 - \beta^t` for a constant.
+
+Accumulators of bfloat16 or float16 parameters are float32 unless a dtype is given: in
+bfloat16 a mean with :math:`\beta = 0.999` stops moving at a quarter of its goal.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_superconv import _checks
+from optax_superconv._hyperparams import (
+    AppliedHyperparams,
+    times,
+    value_at,
+    wide_dtype,
+    widen,
+)
+
+
+class ScheduledTraceState(NamedTuple):
+    """State of :func:`scheduled_trace`."""
+
+    count: jax.Array  # (), int32
+    trace: optax.Updates  # like the parameters
+    applied: AppliedHyperparams  # momentum
+
+
+class ScaleByScheduledAdamState(NamedTuple):
+    """State of :func:`scale_by_scheduled_adam`."""
+
+    count: jax.Array  # (), int32
+    mu: optax.Updates  # like the parameters
+    nu: optax.Updates  # like the parameters
+    mu_weight: jax.Array  # (), float32; the mean of a constant 1
+    nu_weight: jax.Array  # (), float32
+    applied: AppliedHyperparams  # b1
+
+
+def _zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
+    def zeros(leaf: ArrayLike) -> jax.Array:
+        return jnp.zeros_like(leaf, dtype=dtype or wide_dtype(leaf))
+
+    return jax.tree.map(zeros, params)
+
+
+def _cast_like(tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda x, y: x.astype(jnp.asarray(y).dtype), tree, like)
+
+
+def scheduled_trace(
+    decay: optax.ScalarOrSchedule,
+    *,
+    nesterov: bool = False,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Momentum as a running sum of updates, with a decay that may be a schedule.
+
+    .. math:: m_t = g_t + \mu_t m_{t-1}, \qquad
+              u_t = m_t \;\text{ or, with Nesterov, }\; g_t + \mu_t m_t
+
+    ``optax.trace`` with a schedule. Place it before the learning rate, and a coupled
+    weight decay before it. Under a constant rate the step is that of plain SGD times
+    :math:`1 / (1 - \mu)`.
+
+    Args:
+      decay: Momentum in [0, 1), or a schedule ``count -> momentum``.
+      nesterov: Whether to look ahead, in the form of Optax and PyTorch.
+      accumulator_dtype: Of the sum; None is the parameters', but at least float32.
+
+    Returns:
+      The transformation; :func:`read_hyperparams` reads ``momentum``.
+
+    Raises:
+      ValueError: If a constant decay is outside [0, 1).
+      TypeError: If the decay is neither a number nor callable.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> tx = osc.scheduled_trace(lambda t: jnp.where(t < 2, 0.5, 0.0))
+      >>> state = tx.init(jnp.zeros(()))
+      >>> for _ in range(3):
+      ...     update, state = tx.update(jnp.ones(()), state)
+      ...     print(update)
+      1.0
+      1.5
+      1.0
+
+    References:
+      Sutskever et al., `On the importance of initialization and momentum in deep
+      learning <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
+    """
+    _checks.number_or_schedule("decay", decay, _checks.DECAY_RULE, _checks.decay_rate)
+
+    def init_fn(params: optax.Params) -> ScheduledTraceState:
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledTraceState(
+            count,
+            _zeros_like(params, accumulator_dtype),
+            AppliedHyperparams({"momentum": value_at(decay, count)}),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScheduledTraceState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScheduledTraceState]:
+        del params, extra_args
+        momentum = value_at(decay, state.count)
+
+        def accumulate(g: ArrayLike, m: jax.Array) -> jax.Array:
+            wide = widen(g)
+            return wide + times(momentum, m.astype(wide.dtype))
+
+        trace = jax.tree.map(accumulate, updates, state.trace)
+        looked = jax.tree.map(accumulate, updates, trace) if nesterov else trace
+        return _cast_like(looked, updates), ScheduledTraceState(
+            optax.safe_increment(state.count),
+            _cast_like(trace, state.trace),
+            AppliedHyperparams({"momentum": momentum}),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_scheduled_adam(
+    b1: optax.ScalarOrSchedule,
+    b2: optax.ScalarOrSchedule = 0.999,
+    *,
+    eps: ArrayLike = 1e-8,
+    mu_dtype: Any = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam's rescaling with betas that may be schedules, debiased exactly.
+
+    .. math::
+      m_t &= \beta_{1,t} m_{t-1} + (1 - \beta_{1,t}) g_t, \quad
+      v_t = \beta_{2,t} v_{t-1} + (1 - \beta_{2,t}) g_t^2 \\
+      u_t &= \frac{m_t / w_t}{\sqrt{v_t / w'_t} + \epsilon}, \quad
+      w_t = \beta_{1,t} w_{t-1} + (1 - \beta_{1,t})
+
+    and likewise :math:`w'_t` with :math:`\beta_2`. With Nesterov, the numerator is
+    :math:`\beta_{1,t+1} m_t / w_{t+1} + (1 - \beta_{1,t}) g_t / w_t`.
+
+    Place it first, then a decoupled weight decay, then the learning rate. Differs from
+    ``optax.scale_by_adam``:
+
+    1. The betas may be schedules, and the debiasing is exact while they move.
+    2. The betas are float32 whatever the dtype of the parameters, and the moments of
+       bfloat16 or float16 parameters are float32 (the first unless ``mu_dtype`` says
+       otherwise).
+
+    Args:
+      b1: Decay of the first moment in [0, 1), or a schedule ``count -> b1``.
+      b2: Decay of the second moment in [0, 1), or a schedule.
+      eps: Added to the root of the second moment, at least 0.
+      mu_dtype: Of the first moment; None is the parameters', but at least float32.
+      nesterov: Whether to use Nesterov momentum, with b1 of the next step.
+
+    Returns:
+      The transformation; :func:`read_hyperparams` reads ``b1``.
+
+    Raises:
+      ValueError: If a constant beta is outside [0, 1), or ``eps`` is negative.
+      TypeError: If a beta is neither a number nor callable.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> tx = osc.scale_by_scheduled_adam(osc.onecycle_momentum_schedule(20))
+      >>> state = tx.init(jnp.zeros(()))
+      >>> for _ in range(20):
+      ...     update, state = tx.update(jnp.ones(()), state)
+      >>> print(update)  # The mean of a constant 1 is 1, whatever b1 does.
+      1.0
+
+    References:
+      Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015 (algorithm 1);
+      Dozat, `Incorporating Nesterov Momentum into Adam
+      <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016 (algorithm 2).
+    """
+    _checks.number_or_schedule("b1", b1, _checks.DECAY_RULE, _checks.decay_rate)
+    _checks.number_or_schedule("b2", b2, _checks.DECAY_RULE, _checks.decay_rate)
+    _checks.number("eps", eps, "finite and at least 0", _checks.non_negative)
+
+    def init_fn(params: optax.Params) -> ScaleByScheduledAdamState:
+        count = jnp.zeros([], jnp.int32)
+        real = jax.tree.map(lambda p: jnp.real(jnp.asarray(p)), params)
+        return ScaleByScheduledAdamState(
+            count,
+            mu=_zeros_like(params, mu_dtype),
+            nu=_zeros_like(real),
+            mu_weight=jnp.zeros([], jnp.float32),
+            nu_weight=jnp.zeros([], jnp.float32),
+            applied=AppliedHyperparams({"b1": value_at(b1, count)}),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByScheduledAdamState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByScheduledAdamState]:
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+        beta1, beta2 = value_at(b1, state.count), value_at(b2, state.count)
+        mu_weight = beta1 * state.mu_weight + (1 - beta1)
+        nu_weight = beta2 * state.nu_weight + (1 - beta2)
+
+        def first_moment(g: ArrayLike, m: jax.Array) -> jax.Array:
+            wide = widen(g)
+            return times(beta1, m.astype(wide.dtype)) + times(1 - beta1, wide)
+
+        def second_moment(g: ArrayLike, v: jax.Array) -> jax.Array:
+            wide = widen(g)
+            square = jnp.real(wide * jnp.conj(wide))
+            return times(beta2, v.astype(square.dtype)) + times(1 - beta2, square)
+
+        mu = jax.tree.map(first_moment, updates, state.mu)
+        nu = jax.tree.map(second_moment, updates, state.nu)
+        # Scalars, so that each leaf is divided by one number rather than two.
+        mu_scale, g_scale = 1 / mu_weight, None
+        if nesterov:
+            next_beta1 = value_at(b1, count)
+            mu_scale = next_beta1 / (next_beta1 * mu_weight + (1 - next_beta1))
+            g_scale = (1 - beta1) / mu_weight
+
+        def rescale(g: ArrayLike, m: jax.Array, v: jax.Array) -> jax.Array:
+            numerator = times(mu_scale, m)
+            if g_scale is not None:
+                numerator = numerator + times(g_scale, widen(g))
+            root = jnp.sqrt(times(1 / nu_weight, v)) + jnp.asarray(eps, v.dtype)
+            return (numerator / root.astype(numerator.dtype)).astype(
+                jnp.asarray(g).dtype
+            )
+
+        return jax.tree.map(rescale, updates, mu, nu), ScaleByScheduledAdamState(
+            count,
+            _cast_like(mu, state.mu),
+            _cast_like(nu, state.nu),
+            mu_weight,
+            nu_weight,
+            AppliedHyperparams({"b1": beta1}),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

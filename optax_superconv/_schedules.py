@@ -1,0 +1,498 @@
+r"""Which value at which step?
+
+One primitive answers: :func:`phase_schedule` joins phases, each of which moves from
+the value before it to its own ``end_value``,
+
+.. math:: v(t) = E + (S - E)\, g(r), \qquad r = \text{remaining steps} / \text{steps},
+
+with a shape :math:`g` from :math:`g(1) = 1` to :math:`g(0) = 0`. One-cycle is a rise
+and a fall; its momentum is the same with the signs reversed; slanted triangles, flat
+then cosine, warm restarts and SWA's schedule are other lists of phases.
+
+Falling phases are computed in what remains and rising ones in what has elapsed, so
+that the small end of each keeps its relative precision in float32.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from optax_superconv import _checks
+
+Shape = (
+    Literal["linear", "cosine", "1-sqrt", "exponential"]
+    | Callable[[ArrayLike], ArrayLike]
+)
+
+
+class Phase(NamedTuple):
+    """One phase of a schedule: where it goes, in how many steps, along which curve.
+
+    Attributes:
+      steps: Length in steps, a Python int of at least 0. A phase of 0 steps is a jump.
+      end_value: Value at the end of the phase, a number or an array.
+      shape: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or ``"exponential"`` (geometric,
+        both ends above 0), or a function of the remaining fraction, an array, from
+        g(1) = 1 to g(0) = 0.
+
+    Examples:
+      >>> import optax_superconv as osc
+      >>> osc.Phase(10, end_value=0.1)
+      Phase(steps=10, end_value=0.1, shape='linear')
+    """
+
+    steps: int
+    end_value: ArrayLike
+    shape: Shape = "linear"
+
+
+# Each shape as g(remaining) and 1 - g(remaining), both free of cancellation.
+_FALLS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "linear": lambda remaining, elapsed: remaining,
+    "cosine": lambda remaining, elapsed: jnp.sin(0.5 * math.pi * remaining) ** 2,
+    "1-sqrt": lambda remaining, elapsed: remaining / (1 + jnp.sqrt(elapsed)),
+}
+_RISES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "linear": lambda remaining, elapsed: elapsed,
+    "cosine": lambda remaining, elapsed: jnp.sin(0.5 * math.pi * elapsed) ** 2,
+    "1-sqrt": lambda remaining, elapsed: jnp.sqrt(elapsed),
+}
+
+
+def _check_shape(name: str, shape: Any) -> None:
+    if not callable(shape):
+        _checks.choice(name, shape, (*_FALLS, "exponential"))
+        return
+    with jax.ensure_compile_time_eval():
+        ends = np.asarray(shape(jnp.asarray([1.0, 0.0])))
+    _checks.require(
+        np.shape(ends) == (2,) and np.allclose(ends, [1.0, 0.0], atol=1e-6),
+        name,
+        "a function of an array with shape(1) == 1 and shape(0) == 0",
+        f"{ends} at [1, 0]",
+    )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    rule = 'above 0 with shape="exponential"'
+    _checks.number(name, value, rule, lambda array: array > 0)
+
+
+def check_cycle(
+    values: dict[str, Any],
+    shape: Any,
+    rule: str = "finite and at least 0",
+    holds: Callable[[np.ndarray], np.ndarray] = _checks.non_negative,
+) -> None:
+    """Checks the values that a cycle moves between; the first named is the largest."""
+    _check_shape("shape", shape)
+    (top_name, top_value), *others = values.items()
+    top = _checks.number(top_name, top_value, rule, holds)
+    for name, value in others:
+        low = _checks.number(name, value, rule, holds)
+        if low is not None and top is not None:
+            limit = f"at most `{top_name}` ({top_value})"
+            _checks.require(np.all(low <= top), name, limit, value)
+    if shape == "exponential":
+        for name, value in values.items():
+            _check_positive(name, value)
+
+
+def _float_dtype(*values: ArrayLike) -> np.dtype:
+    """The widest float among the values, and at least 32 bits."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*values)
+    wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
+    return dtype if wide else np.dtype(jnp.float32)
+
+
+def _as_count(count: ArrayLike, dtype: np.dtype) -> jax.Array:
+    """A count in int32 or wider, or in ``dtype`` when it is not whole."""
+    count = jnp.asarray(count)
+    if not jnp.issubdtype(count.dtype, jnp.integer):
+        return count.astype(dtype)
+    return count.astype(jnp.int32) if count.dtype.itemsize < 4 else count
+
+
+def _interpolate(
+    start: jax.Array,
+    end: jax.Array,
+    shape: Shape,
+    elapsed: jax.Array,
+    remaining: jax.Array,
+) -> jax.Array:
+    """The value between ``start`` and ``end``; fractions lie strictly in (0, 1)."""
+    rising = end > start
+    if shape == "exponential":
+        log_ratio = jnp.log(end) - jnp.log(start)
+        up = start * jnp.exp(elapsed * log_ratio)
+        down = end * jnp.exp(-remaining * log_ratio)
+    else:
+        if callable(shape):
+            fall = jnp.asarray(shape(remaining), remaining.dtype)
+            rise = 1 - fall
+        else:
+            fall = _FALLS[shape](remaining, elapsed)
+            rise = _RISES[shape](remaining, elapsed)
+        up = start + (end - start) * rise
+        down = end + (start - end) * fall
+    value = jnp.where(rising, up, down)
+    # Rounding must not carry a value past its ends: the peak is the peak.
+    low, high = jnp.where(rising, start, end), jnp.where(rising, end, start)
+    return jnp.where(value < low, low, jnp.where(value > high, high, value))
+
+
+def phase_schedule(
+    init_value: ArrayLike, phases: Iterable[Phase | tuple]
+) -> optax.Schedule:
+    r"""Moves through ``phases``, then stays at the last value.
+
+    .. math:: v(t) = E_k + (S_k - E_k)\, g_k(r), \qquad r = (b_{k+1} - t) / n_k
+
+    in phase k, which lasts :math:`n_k` steps up to :math:`b_{k+1}`, starts at the end
+    :math:`S_k` of the phase before and ends at :math:`E_k`. ``"linear"`` is
+    :math:`g(r) = r`, ``"cosine"`` :math:`\sin^2(\pi r / 2)`, ``"1-sqrt"``
+    :math:`1 - \sqrt{1 - r}`, and ``"exponential"`` is :math:`v = S^r E^{1-r}`.
+
+    Args:
+      init_value: Value at step 0, a number or an array.
+      phases: The phases in order, as :class:`Phase` or plain tuples. After a phase of
+        0 steps the schedule is at that phase's ``end_value`` already at its first
+        step.
+
+    Returns:
+      A schedule ``count -> value``. It broadcasts over counts and values, holds
+      ``init_value`` before step 0 and the last ``end_value`` from the last step on,
+      and is float32, or float64 where a value is. The values may be traced, batched by
+      ``vmap`` or differentiated; the durations are Python ints.
+
+    Raises:
+      ValueError: For a negative length, a value that is not finite, an unknown shape,
+        an ``"exponential"`` phase that touches 0, or more than 2**31 - 1 steps.
+      TypeError: For a length that is not a whole number or a value that is no number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> schedule = osc.phase_schedule(0.0, [
+      ...     osc.Phase(2, 1.0), osc.Phase(1, 1.0), osc.Phase(2, 0.1, "exponential")])
+      >>> print([round(float(value), 3) for value in schedule(jnp.arange(7))])
+      [0.0, 0.5, 1.0, 1.0, 0.316, 0.1, 0.1]
+
+    References:
+      Loshchilov and Hutter, `SGDR: Stochastic Gradient Descent with Warm Restarts
+      <https://arxiv.org/abs/1608.03983>`_, 2017 (the cosine shape, eq. 5);
+      Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+      Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (1-sqrt).
+    """
+    _checks.number("init_value", init_value)
+    checked: list[Phase] = []
+    start_name, start = "init_value", init_value
+    for k, item in enumerate(phases):
+        if not isinstance(item, tuple):
+            raise TypeError(
+                f"`phases[{k}]` must be a Phase or a tuple (steps, end_value, shape), "
+                f"got {item!r} of type {type(item).__name__}."
+            )
+        phase = Phase(*item)
+        name = f"phases[{k}]"
+        phase = phase._replace(steps=_checks.steps(f"{name}.steps", phase.steps))
+        _checks.number(f"{name}.end_value", phase.end_value)
+        _check_shape(f"{name}.shape", phase.shape)
+        if phase.shape == "exponential" and phase.steps > 0:
+            _check_positive(start_name, start)
+            _check_positive(f"{name}.end_value", phase.end_value)
+        checked.append(phase)
+        start_name, start = f"{name}.end_value", phase.end_value
+    _checks.steps("phases", sum(phase.steps for phase in checked))
+
+    def schedule(count: ArrayLike) -> jax.Array:
+        dtype = _float_dtype(init_value, *(phase.end_value for phase in checked))
+        count = _as_count(count, dtype)
+        begin = 0
+        value = start = jnp.asarray(init_value, dtype)
+        for phase in checked:
+            end = jnp.asarray(phase.end_value, dtype)
+            if phase.steps == 0:
+                value = jnp.where(count >= begin, end, value)
+            else:
+                # Subtract as integers: above 2**24 float32 no longer holds the count.
+                elapsed = jnp.clip(count, begin, begin + phase.steps) - begin
+                remaining = phase.steps - elapsed
+                inside = (elapsed > 0) & (remaining > 0)
+                # At the ends a shape may have no derivative, so keep away from them.
+                fractions = (
+                    jnp.where(inside, part.astype(dtype) / phase.steps, 0.5)
+                    for part in (elapsed, remaining)
+                )
+                curve = _interpolate(start, end, phase.shape, *fractions)
+                value = jnp.where(inside, curve, jnp.where(elapsed > 0, end, value))
+            begin += phase.steps
+            start = end
+        return jnp.broadcast_to(value, jnp.broadcast_shapes(count.shape, value.shape))
+
+    return schedule
+
+
+def _onecycle(
+    total_steps: int,
+    warmup_steps: int | None,
+    annihilation_steps: int,
+    init_value: ArrayLike,
+    peak_value: ArrayLike,
+    end_value: ArrayLike,
+    shape: Shape,
+) -> optax.Schedule:
+    """From the initial value to the peak, back to it, then on to the end."""
+    total_steps = _checks.steps("total_steps", total_steps, at_least=1)
+    if warmup_steps is None:
+        warmup_steps = round(0.3 * total_steps)
+    below = f"less than `total_steps` ({total_steps})"
+    warmup_steps = _checks.steps("warmup_steps", warmup_steps, below=below)
+    _checks.require(
+        warmup_steps < total_steps,
+        "warmup_steps",
+        f"at least 0 and {below}",
+        warmup_steps,
+    )
+    annihilation_steps = _checks.steps("annihilation_steps", annihilation_steps)
+    _checks.require(
+        warmup_steps + annihilation_steps <= total_steps,
+        "warmup_steps + annihilation_steps",
+        f"at most `total_steps` ({total_steps})",
+        f"{warmup_steps} + {annihilation_steps}",
+    )
+    phases = [Phase(warmup_steps, peak_value, shape)]
+    fall_steps = total_steps - warmup_steps - annihilation_steps
+    if annihilation_steps and fall_steps:
+        phases.append(Phase(fall_steps, init_value, shape))
+    # Without a step to return in, the annihilation starts from the peak.
+    phases.append(Phase(annihilation_steps or fall_steps, end_value, shape))
+    return phase_schedule(init_value, phases)
+
+
+def onecycle_schedule(
+    peak_value: ArrayLike,
+    total_steps: int,
+    *,
+    warmup_steps: int | None = None,
+    init_value: ArrayLike | None = None,
+    end_value: ArrayLike = 0.0,
+    annihilation_steps: int = 0,
+    shape: Shape = "cosine",
+) -> optax.Schedule:
+    r"""One cycle of the learning rate: up to the peak, then down to the end.
+
+    .. math::
+      \eta_t = \begin{cases}
+        \eta_0 + (M - \eta_0)\,(1 - g(1 - t/W)) & t \le W \\
+        E + (M - E)\, g\big((T - t)/(T - W)\big) & t > W
+      \end{cases}
+
+    with peak :math:`M`, warm-up :math:`W`, total :math:`T`, initial value
+    :math:`\eta_0`, end :math:`E` and shape :math:`g`. With ``annihilation_steps`` = A
+    the rate is back at its initial value at step T - A and falls to the end from
+    there, as in the paper.
+
+    Differs from the known implementations:
+
+    1. The run is steps 0 to T - 1 and ``end_value`` belongs to step T, so that every
+       step trains; PyTorch reaches its end at T - 1 and a negative rate beyond.
+    2. Durations are whole steps, so the peak is always reached, once, for every T.
+    3. ``end_value`` is a value, not a divisor of the peak or of the initial value.
+
+    Args:
+      peak_value: The highest rate, at least 0; reached exactly at ``warmup_steps``.
+      total_steps: Steps of the whole run, at least 1.
+      warmup_steps: Steps up to the peak, at least 0 and less than ``total_steps``;
+        None is ``round(0.3 * total_steps)``.
+      init_value: Rate at step 0 (unless ``warmup_steps`` is 0), at least 0 and at most
+        the peak; None is ``peak_value / 25``.
+      end_value: Rate from step ``total_steps`` on, at least 0 and at most the peak.
+      annihilation_steps: Steps of the final fall from the initial value, at least 0.
+        Where warm-up and annihilation fill the run, it falls from the peak.
+      shape: Of every phase; see :class:`Phase`.
+
+    Returns:
+      A schedule, see :func:`phase_schedule`.
+
+    Raises:
+      ValueError: Naming argument, rule and value, for durations or values outside the
+        ranges above.
+      TypeError: For durations that are not whole numbers or values that are no numbers.
+
+    Examples:
+      >>> import optax_superconv as osc
+      >>> schedule = osc.onecycle_schedule(1.0, 10, warmup_steps=4, shape="linear")
+      >>> print([round(float(schedule(t)), 3) for t in (0, 2, 4, 7, 10, 99)])
+      [0.04, 0.52, 1.0, 0.5, 0.0, 0.0]
+
+    References:
+      Smith and Topin, `Super-Convergence: Very Fast Training of Neural Networks Using
+      Large Learning Rates <https://arxiv.org/abs/1708.07120>`_, 2018;
+      Smith, `A disciplined approach to neural network hyper-parameters
+      <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1).
+    """
+    _checks.number("peak_value", peak_value)
+    if init_value is None:
+        init_value = cast(Any, peak_value) / 25
+    values = {
+        "peak_value": peak_value,
+        "init_value": init_value,
+        "end_value": end_value,
+    }
+    check_cycle(values, shape)
+    return _onecycle(
+        total_steps,
+        warmup_steps,
+        annihilation_steps,
+        init_value,
+        peak_value,
+        end_value,
+        shape,
+    )
+
+
+def onecycle_momentum_schedule(
+    total_steps: int,
+    *,
+    warmup_steps: int | None = None,
+    max_momentum: ArrayLike = 0.95,
+    base_momentum: ArrayLike = 0.85,
+    annihilation_steps: int = 0,
+    shape: Shape = "cosine",
+) -> optax.Schedule:
+    r"""One cycle of the momentum: the mirror image of the learning rate's.
+
+    .. math:: \beta_t = \beta_{\max} - (\beta_{\max} - \beta_{\text{base}})
+              \frac{\eta_t - \eta_0}{M - \eta_0}
+
+    with the rate :math:`\eta_t` of :func:`onecycle_schedule` for ``end_value`` =
+    ``init_value`` (except with the geometric ``"exponential"`` shape). It does as well
+    as the best constant momentum, without a search for it (Smith 2018, table 1).
+
+    Args:
+      total_steps: Steps of the whole run, at least 1.
+      warmup_steps: Steps down to ``base_momentum``, which is reached exactly there; at
+        least 0, less than ``total_steps``; None is ``round(0.3 * total_steps)``.
+      max_momentum: Momentum at step 0 and from step ``total_steps`` on, in [0, 1).
+      base_momentum: The lowest momentum, in [0, 1), at most ``max_momentum``.
+      annihilation_steps: Steps at the end during which it stays at the maximum.
+      shape: Of every phase; see :class:`Phase`.
+
+    Returns:
+      A schedule, see :func:`phase_schedule`.
+
+    Raises:
+      ValueError: Naming argument, rule and value, for durations or values outside the
+        ranges above.
+      TypeError: For durations that are not whole numbers or values that are no numbers.
+
+    Examples:
+      >>> import optax_superconv as osc
+      >>> schedule = osc.onecycle_momentum_schedule(10, warmup_steps=4, shape="linear")
+      >>> print([round(float(schedule(t)), 3) for t in (0, 2, 4, 7, 10, 99)])
+      [0.95, 0.9, 0.85, 0.9, 0.95, 0.95]
+
+    References:
+      Smith, `A disciplined approach to neural network hyper-parameters
+      <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.2).
+    """
+    values = {"max_momentum": max_momentum, "base_momentum": base_momentum}
+    check_cycle(values, shape, _checks.DECAY_RULE, _checks.decay_rate)
+    return _onecycle(
+        total_steps,
+        warmup_steps,
+        annihilation_steps,
+        max_momentum,
+        base_momentum,
+        max_momentum,
+        shape,
+    )
+
+
+def cyclical_schedule(
+    base_value: ArrayLike,
+    peak_value: ArrayLike,
+    steps_up: int,
+    steps_down: int | None = None,
+    *,
+    mode: Literal["triangular", "triangular2", "exp_range"] = "triangular",
+    gamma: ArrayLike = 1.0,
+) -> optax.Schedule:
+    r"""Cycles linearly between ``base_value`` and ``peak_value``, for ever.
+
+    .. math:: v(t) = b + (M - b)\, x_t\, k_t
+
+    where :math:`x_t` rises from 0 to 1 in ``steps_up`` steps and falls back to 0 in
+    ``steps_down``, and :math:`k_t` is 1 (``"triangular"``), :math:`2^{-c}` in cycle
+    c = 0, 1, ... (``"triangular2"``) or :math:`\gamma^t` (``"exp_range"``). The paper's
+    words let both bounds of ``"exp_range"`` decline; this is the form of its popular
+    code and of PyTorch, in which the amplitude alone does.
+
+    Args:
+      base_value: Value at the ends of each cycle, at least 0. It may exceed
+        ``peak_value``, for a momentum that cycles the other way.
+      peak_value: Value at the middle of the first cycle, at least 0.
+      steps_up: Steps from base to peak, at least 1.
+      steps_down: Steps from peak to base, at least 1; None is ``steps_up``.
+      mode: How the amplitude declines.
+      gamma: Decline per step in mode ``"exp_range"``, in (0, 1]; other modes do not
+        use it.
+
+    Returns:
+      A schedule that broadcasts over counts and values; see :func:`phase_schedule`.
+
+    Raises:
+      ValueError: Naming argument, rule and value, for durations or values outside the
+        ranges above, or an unknown mode.
+      TypeError: For durations that are not whole numbers or values that are no numbers.
+
+    Examples:
+      >>> import optax_superconv as osc
+      >>> schedule = osc.cyclical_schedule(0.001, 0.006, 2000, mode="triangular2")
+      >>> print([round(float(schedule(t)), 4) for t in (0, 1000, 2000, 4000, 6000)])
+      [0.001, 0.0035, 0.006, 0.001, 0.0035]
+
+    References:
+      Smith, `Cyclical Learning Rates for Training Neural Networks
+      <https://arxiv.org/abs/1506.01186>`_, 2017 (section 3).
+    """
+    rule = "finite and at least 0"
+    _checks.number("base_value", base_value, rule, _checks.non_negative)
+    _checks.number("peak_value", peak_value, rule, _checks.non_negative)
+    up = _checks.steps("steps_up", steps_up, at_least=1)
+    down = up
+    if steps_down is not None:
+        down = _checks.steps("steps_down", steps_down, at_least=1)
+    _checks.steps("steps_up + steps_down", up + down)
+    _checks.choice("mode", mode, ("triangular", "triangular2", "exp_range"))
+    concrete_gamma = _checks.number(
+        "gamma", gamma, "above 0 and at most 1", lambda g: (g > 0) & (g <= 1)
+    )
+
+    def schedule(count: ArrayLike) -> jax.Array:
+        dtype = _float_dtype(base_value, peak_value)
+        base, peak = jnp.asarray(base_value, dtype), jnp.asarray(peak_value, dtype)
+        count = jnp.maximum(_as_count(count, dtype), 0)
+        step = count % (up + down)
+        rising = (step / up).astype(dtype)
+        falling = ((up + down - step) / down).astype(dtype)
+        fraction = jnp.where(step <= up, rising, falling)
+        if mode == "triangular2":
+            fraction *= jnp.exp2(-(count // (up + down)).astype(dtype))
+        elif mode == "exp_range":
+            # The logarithm of gamma in float64: it is multiplied by the count.
+            log_gamma = (
+                jnp.log(gamma) if concrete_gamma is None else np.log(concrete_gamma)
+            )
+            fraction *= jnp.exp(jnp.asarray(log_gamma, dtype) * count.astype(dtype))
+        return jnp.where(fraction == 1, peak, base + (peak - base) * fraction)
+
+    return schedule
