@@ -26,7 +26,7 @@ class AppliedHyperparams(NamedTuple):
 class ScheduledState(NamedTuple):
     """State of a transformation that has a single hyperparameter and no memory."""
 
-    count: jax.Array  # (), int32
+    count: jax.Array  # type: ignore[assignment]  # (), int32
     applied: AppliedHyperparams
 
 

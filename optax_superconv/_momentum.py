@@ -35,7 +35,7 @@ from optax_superconv._hyperparams import (
 class ScheduledTraceState(NamedTuple):
     """State of :func:`scheduled_trace`."""
 
-    count: jax.Array  # (), int32
+    count: jax.Array  # type: ignore[assignment]  # (), int32
     trace: optax.Updates  # like the parameters
     applied: AppliedHyperparams  # momentum
 
@@ -43,7 +43,7 @@ class ScheduledTraceState(NamedTuple):
 class ScaleByScheduledAdamState(NamedTuple):
     """State of :func:`scale_by_scheduled_adam`."""
 
-    count: jax.Array  # (), int32
+    count: jax.Array  # type: ignore[assignment]  # (), int32
     mu: optax.Updates  # like the parameters
     nu: optax.Updates  # like the parameters
     mu_weight: jax.Array  # (), float32; the mean of a constant 1
@@ -220,17 +220,20 @@ def scale_by_scheduled_adam(
         del params, extra_args
         count = optax.safe_increment(state.count)
         beta1, beta2 = value_at(b1, state.count), value_at(b2, state.count)
-        mu_weight = beta1 * state.mu_weight + (1 - beta1)
-        nu_weight = beta2 * state.nu_weight + (1 - beta2)
+        gain1, gain2 = 1 - beta1, 1 - beta2
+        mu_weight = state.mu_weight + gain1 * (1 - state.mu_weight)
+        nu_weight = state.nu_weight + gain2 * (1 - state.nu_weight)
 
         def first_moment(g: ArrayLike, m: jax.Array) -> jax.Array:
             wide = widen(g)
-            return times(beta1, m.astype(wide.dtype)) + times(1 - beta1, wide)
+            m = m.astype(wide.dtype)
+            return m + times(gain1, wide - m)
 
         def second_moment(g: ArrayLike, v: jax.Array) -> jax.Array:
             wide = widen(g)
             square = jnp.real(wide * jnp.conj(wide))
-            return times(beta2, v.astype(square.dtype)) + times(1 - beta2, square)
+            v = v.astype(square.dtype)
+            return v + times(gain2, square - v)
 
         mu = jax.tree.map(first_moment, updates, state.mu)
         nu = jax.tree.map(second_moment, updates, state.nu)
@@ -239,7 +242,7 @@ def scale_by_scheduled_adam(
         if nesterov:
             next_beta1 = value_at(b1, count)
             mu_scale = next_beta1 / (next_beta1 * mu_weight + (1 - next_beta1))
-            g_scale = (1 - beta1) / mu_weight
+            g_scale = gain1 / mu_weight
 
         def rescale(g: ArrayLike, m: jax.Array, v: jax.Array) -> jax.Array:
             numerator = times(mu_scale, m)

