@@ -1,0 +1,252 @@
+"""One row per schedule and per transformation; the tests hold one property each."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import reference
+
+import optax_superconv as osc
+
+TOTAL = 20
+
+
+class Schedule(NamedTuple):
+    """``make(value)`` builds it around one value, which may be traced or an array."""
+
+    name: str
+    make: Callable[[Any], optax.Schedule]
+    value: float
+    reference: Callable[[int], float]
+    knots: tuple[int, ...]  # where phases meet
+    total: int | None = TOTAL  # None: never ends
+
+
+def quadratic(remaining):
+    return remaining**2
+
+
+def _onecycle(shape, *, end=0.001, annihilation=0, warmup=6):
+    named = quadratic if shape == "quadratic" else shape
+
+    def make(value):
+        return osc.onecycle_schedule(
+            value,
+            TOTAL,
+            warmup_steps=warmup,
+            init_value=value / 10,
+            end_value=end,
+            annihilation_steps=annihilation,
+            shape=named,
+        )
+
+    def at(count):
+        return reference.onecycle(
+            count, 0.3, TOTAL, warmup, 0.03, end, annihilation, shape
+        )
+
+    knots = (0, warmup, TOTAL - annihilation, TOTAL)
+    name = f"onecycle-{shape}-{warmup}-{annihilation}"
+    return Schedule(name, make, 0.3, at, knots)
+
+
+def _momentum(annihilation):
+    def make(value):
+        return osc.onecycle_momentum_schedule(
+            TOTAL,
+            warmup_steps=6,
+            max_momentum=value,
+            base_momentum=0.8,
+            annihilation_steps=annihilation,
+        )
+
+    def at(count):
+        return reference.onecycle(
+            count, 0.8, TOTAL, 6, 0.95, 0.95, annihilation, "cosine"
+        )
+
+    knots = (0, 6, TOTAL - annihilation, TOTAL)
+    return Schedule(f"momentum-{annihilation}", make, 0.95, at, knots)
+
+
+def _phases():
+    def make(value):
+        return osc.phase_schedule(
+            0.0,
+            [
+                osc.Phase(0, value),
+                (5, 0.5, "cosine"),
+                osc.Phase(5, 0.5),
+                osc.Phase(0, value),
+                osc.Phase(10, 0.1, "exponential"),
+            ],
+        )
+
+    walk = [
+        (0, 2.0, "linear"),
+        (5, 0.5, "cosine"),
+        (5, 0.5, "linear"),
+        (0, 2.0, "linear"),
+        (10, 0.1, "exponential"),
+    ]
+    return Schedule(
+        "phases", make, 2.0, lambda t: reference.phases(t, 0.0, walk), (0, 5, 10, 20)
+    )
+
+
+def _cyclical(mode):
+    def make(value):
+        return osc.cyclical_schedule(0.1, value, 4, 6, mode=mode, gamma=0.99)
+
+    def at(count):
+        return reference.cyclical(count, 0.1, 0.6, 4, 6, mode, 0.99)
+
+    return Schedule(f"cyclical-{mode}", make, 0.6, at, (0, 4, 10, 14, 20), total=None)
+
+
+SCHEDULES = [
+    *(_onecycle(s) for s in reference.SHAPES),
+    _onecycle("cosine", annihilation=4),
+    _onecycle("linear", annihilation=TOTAL - 6),
+    _onecycle("linear", warmup=0),
+    _momentum(0),
+    _momentum(4),
+    _phases(),
+    *(_cyclical(mode) for mode in ("triangular", "triangular2", "exp_range")),
+]
+
+
+class Transform(NamedTuple):
+    """``make(value)`` builds it around one value, which may be traced."""
+
+    name: str
+    make: Callable[[Any], optax.GradientTransformationExtraArgs]
+    value: float
+    keys: tuple[str, ...]
+    # From parameters and a sequence of gradients to parameters after each step.
+    reference: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    # For optax.inject_hyperparams: factory, arguments, which of them are static.
+    inject: tuple[Callable, dict[str, Any], tuple[str, ...]]
+
+
+def _constant(value):
+    return lambda count: value
+
+
+def rate(count, peak=0.1):
+    return reference.onecycle(count, peak, TOTAL, 6, peak / 25, 0.0, 0, "cosine")
+
+
+def beta(count, high=0.95, low=0.85):
+    return reference.onecycle(count, low, TOTAL, 6, high, high, 0, "cosine")
+
+
+def moving(count):
+    """A momentum that moves, as a schedule of ours and of NumPy alike."""
+    return 0.5 + 0.4 * (count % 3) / 3
+
+
+def linear_rate(count):
+    return 0.1 * (1 - count / TOTAL)
+
+
+_ONECYCLE_STATIC = ("total_steps", "warmup_steps", "shape", "weight_decay_mask")
+
+TRANSFORMS = [
+    Transform(
+        "scale_by_learning_rate",
+        lambda value: osc.scale_by_learning_rate(lambda t: value * linear_rate(t)),
+        1.0,
+        ("learning_rate",),
+        lambda p, g: reference.sgd(p, g, linear_rate, _constant(0.0)),
+        (osc.scale_by_learning_rate, {"learning_rate": 0.1}, ()),
+    ),
+    *(
+        Transform(
+            f"scheduled_trace-{nesterov}",
+            lambda value, nesterov=nesterov: optax.chain(
+                osc.scheduled_trace(lambda t: value * moving(t), nesterov=nesterov),
+                optax.scale(-0.1),
+            ),
+            1.0,
+            ("momentum",),
+            lambda p, g, nesterov=nesterov: reference.sgd(
+                p, g, _constant(0.1), moving, nesterov=nesterov
+            ),
+            (osc.scheduled_trace, {"decay": 0.9}, ()),
+        )
+        for nesterov in (False, True)
+    ),
+    *(
+        Transform(
+            f"scale_by_scheduled_adam-{nesterov}",
+            lambda value, nesterov=nesterov: optax.chain(
+                osc.scale_by_scheduled_adam(
+                    lambda t: value * moving(t), 0.98, eps=1e-3, nesterov=nesterov
+                ),
+                optax.scale(-0.1),
+            ),
+            1.0,
+            ("b1",),
+            lambda p, g, nesterov=nesterov: reference.adamw(
+                p, g, _constant(0.1), moving, _constant(0.98), 1e-3, nesterov=nesterov
+            ),
+            (osc.scale_by_scheduled_adam, {"b1": 0.9}, ()),
+        )
+        for nesterov in (False, True)
+    ),
+    Transform(
+        "onecycle_sgd",
+        lambda value: osc.onecycle_sgd(
+            value,
+            TOTAL,
+            weight_decay=lambda t: 0.01 * (1 + t),
+            weight_decay_mask=None,
+        ),
+        0.1,
+        ("weight_decay", "momentum", "learning_rate"),
+        lambda p, g: reference.sgd(
+            p, g, rate, beta, decay=lambda t: 0.01 * (1 + t), nesterov=True
+        ),
+        (
+            osc.onecycle_sgd,
+            {"peak_learning_rate": 0.1, "total_steps": TOTAL},
+            _ONECYCLE_STATIC,
+        ),
+    ),
+    Transform(
+        "onecycle_adamw",
+        lambda value: osc.onecycle_adamw(
+            value, TOTAL, weight_decay=0.1, weight_decay_mask=None
+        ),
+        0.1,
+        ("b1", "weight_decay", "learning_rate"),
+        lambda p, g: reference.adamw(
+            p, g, rate, beta, _constant(0.99), decay=_constant(0.1)
+        ),
+        (
+            osc.onecycle_adamw,
+            {"peak_learning_rate": 0.1, "total_steps": TOTAL},
+            _ONECYCLE_STATIC,
+        ),
+    ),
+]
+
+
+def make_params(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {
+        "kernel": jnp.asarray(rng.normal(size=(8, 4)), dtype),
+        "bias": jnp.asarray(rng.normal(size=4), dtype),
+    }
+
+
+def make_grads(steps, dtype=jnp.float32):
+    """Stacked gradients, (steps, ...) per leaf."""
+    rng = np.random.default_rng(1)
+    return {
+        "kernel": jnp.asarray(rng.normal(size=(steps, 8, 4)), dtype),
+        "bias": jnp.asarray(rng.normal(size=(steps, 4)), dtype),
+    }

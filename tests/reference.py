@@ -1,0 +1,195 @@
+"""What the papers say, in float64 NumPy and plain loops. Imports nothing of ours."""
+
+import math
+
+import numpy as np
+
+# --- schedules -----------------------------------------------------------------------
+
+
+def linear(start, end, fraction):
+    return start + (end - start) * fraction
+
+
+def cosine(start, end, fraction):
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def one_minus_sqrt(start, end, fraction):
+    return end + (start - end) * (1 - math.sqrt(fraction))
+
+
+def exponential(start, end, fraction):
+    return start ** (1 - fraction) * end**fraction
+
+
+def quadratic(start, end, fraction):
+    return end + (start - end) * (1 - fraction) ** 2
+
+
+SHAPES = {
+    "linear": linear,
+    "cosine": cosine,
+    "1-sqrt": one_minus_sqrt,
+    "exponential": exponential,
+    "quadratic": quadratic,
+}
+
+
+def phases(count, init_value, phase_list):
+    """Walks through [(steps, end_value, shape name), ...]."""
+    begin, start = 0, init_value
+    value = init_value
+    for steps, end, shape in phase_list:
+        if count >= begin + steps:
+            value = end
+        elif count > begin:
+            value = SHAPES[shape](start, end, (count - begin) / steps)
+        begin, start = begin + steps, end
+    return value
+
+
+def onecycle(count, peak, total, warmup, init, end, annihilation, shape):
+    """Smith and Topin (2018): up, back to where it began, and annihilated."""
+    walk = [(warmup, peak, shape)]
+    if annihilation and warmup + annihilation < total:
+        walk += [(total - warmup - annihilation, init, shape)]
+    walk += [(annihilation or total - warmup, end, shape)]
+    return phases(count, init, walk)
+
+
+def cyclical(count, base, peak, up, down, mode, gamma):
+    """Smith (2017), section 3, with the amplitude of its popular code."""
+    cycle, position = divmod(count, up + down)
+    x = position / up if position <= up else (up + down - position) / down
+    scale = {"triangular": 1, "triangular2": 0.5**cycle, "exp_range": gamma**count}
+    return base + (peak - base) * x * scale[mode]
+
+
+def torch_onecycle(
+    count, max_lr, total, pct_start=0.3, anneal=cosine, div=25, final_div=1e4,
+    three_phase=False,
+):  # fmt: skip
+    """PyTorch's OneCycleLR at its ``count``-th step, by its documentation."""
+    initial = max_lr / div
+    ends = [(pct_start * total - 1, initial, max_lr)]
+    if three_phase:
+        ends += [(2 * pct_start * total - 2, max_lr, initial)]
+        ends += [(total - 1, initial, initial / final_div)]
+    else:
+        ends += [(total - 1, max_lr, initial / final_div)]
+    begin = 0.0
+    while count > ends[0][0]:
+        begin = ends.pop(0)[0]
+    end, start_value, end_value = ends[0]
+    return anneal(start_value, end_value, (count - begin) / (end - begin))
+
+
+def torch_cyclical_momentum(
+    count, total, pct_start=0.3, base=0.85, high=0.95, anneal=cosine
+):
+    """The momentum of PyTorch's OneCycleLR (two phases)."""
+    top = pct_start * total - 1
+    if count <= top:
+        return anneal(high, base, count / top)
+    return anneal(base, high, (count - top) / (total - 1 - top))
+
+
+def slanted_triangular(count, total, cut_frac=0.1, ratio=32, max_lr=0.01):
+    """Howard and Ruder (2018), equation 3."""
+    cut = math.floor(total * cut_frac)
+    p = count / cut if count < cut else 1 - (count - cut) / (cut * (1 / cut_frac - 1))
+    return max_lr * (1 + p * (ratio - 1)) / ratio
+
+
+def combined_cos(fraction, pct, start, middle, end):
+    """fastai: cosine from start to middle over ``pct``, then to the end."""
+    if fraction < pct:
+        return cosine(start, middle, fraction / pct)
+    return cosine(middle, end, (fraction - pct) / (1 - pct))
+
+
+def sgdr(count, max_value, min_value, first_cycle, mult):
+    """Loshchilov and Hutter (2017), equation 5."""
+    length = first_cycle
+    while count >= length:
+        count, length = count - length, length * mult
+    return cosine(max_value, min_value, count / length)
+
+
+def swa_schedule(count, start, lr, swa_lr):
+    """Izmailov et al. (2018): flat for half, then linear to ``swa_lr`` by 90 %."""
+    t, r = count / start, swa_lr / lr
+    if t <= 0.5:
+        return lr
+    return lr * (1 - (1 - r) * (t - 0.5) / 0.4 if t <= 0.9 else r)
+
+
+# --- optimizers ----------------------------------------------------------------------
+
+
+def sgd(params, grads, lr, momentum, decay=None, nesterov=False):
+    """Coupled decay, then momentum, as Sutskever et al. (2013) in PyTorch's form.
+
+    ``grads`` is a sequence of arrays, the dials are functions of the step; returns the
+    parameters after each step.
+    """
+    trace, history = np.zeros_like(params), []
+    for t, g in enumerate(grads):
+        g = g + (decay(t) * params if decay else 0.0)
+        trace = g + momentum(t) * trace
+        update = g + momentum(t) * trace if nesterov else trace
+        params = params - lr(t) * update
+        history.append(params)
+    return np.stack(history)
+
+
+def adamw(params, grads, lr, b1, b2, eps=1e-8, decay=None, nesterov=False):
+    """Kingma and Ba (2015) with moving betas, debiased by the mean of a constant 1.
+
+    With Nesterov as Dozat (2016), algorithm 2; decay decoupled, times the rate.
+    """
+    mu = nu = np.zeros_like(params)
+    not_mu = not_nu = 1.0  # Products of the betas: 1 minus the mean of a constant 1.
+    history = []
+    for t, g in enumerate(grads):
+        mu = b1(t) * mu + (1 - b1(t)) * g
+        nu = b2(t) * nu + (1 - b2(t)) * g**2
+        not_mu, not_nu = not_mu * b1(t), not_nu * b2(t)
+        first = mu / (1 - not_mu)
+        if nesterov:
+            first = b1(t + 1) * mu / (1 - not_mu * b1(t + 1))
+            first = first + (1 - b1(t)) * g / (1 - not_mu)
+        update = first / (np.sqrt(nu / (1 - not_nu)) + eps)
+        update = update + (decay(t) * params if decay else 0.0)
+        params = params - lr(t) * update
+        history.append(params)
+    return np.stack(history)
+
+
+# --- range test ----------------------------------------------------------------------
+
+
+def debiased_average(losses, smoothing):
+    """The exponential average over its own sum of weights."""
+    smoothed = []
+    for i in range(1, len(losses) + 1):
+        weights = smoothing ** np.arange(i)[::-1]
+        smoothed.append(np.sum(weights * losses[:i]) / np.sum(weights))
+    return np.asarray(smoothed)
+
+
+def divergence_step(losses, smoothing, factor, patience):
+    """The number of steps after which a range test stops, or None."""
+    smoothed = debiased_average(losses, smoothing)
+    above = 0
+    for i, loss in enumerate(losses):
+        if not np.isfinite(loss):
+            return i + 1
+        best = smoothed[: i + 1].min()
+        first = smoothed[0]
+        bound = best + (factor - 1) * max(abs(first), first - best)
+        above = above + 1 if smoothed[i] > bound else 0
+        if above == patience:
+            return i + 1
+    return None

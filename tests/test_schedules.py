@@ -1,0 +1,225 @@
+"""The contract of every schedule."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from descriptors import SCHEDULES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export
+
+import optax_superconv as osc
+
+INT32_MAX = np.iinfo(np.int32).max
+
+every = pytest.mark.parametrize("case", SCHEDULES, ids=lambda case: case.name)
+ending = pytest.mark.parametrize(
+    "case", [c for c in SCHEDULES if c.total], ids=lambda case: case.name
+)
+
+
+def reference_values(case, counts):
+    return np.array([case.reference(int(count)) for count in counts])
+
+
+@every
+def test_matches_reference(case):
+    counts = np.arange(60)
+    values = case.make(case.value)(jnp.asarray(counts))
+    np.testing.assert_allclose(values, reference_values(case, counts), rtol=1e-5)
+
+
+@every
+def test_matches_reference_in_float64(case, x64):
+    counts = np.arange(60)
+    values = case.make(case.value)(jnp.asarray(counts))
+    assert values.dtype == jnp.float64
+    np.testing.assert_allclose(values, reference_values(case, counts), rtol=1e-12)
+
+
+@every
+def test_eager_jit_vmap_and_scan_agree(case):
+    schedule = case.make(case.value)
+    counts = jnp.arange(30)
+    eager = np.stack([schedule(int(count)) for count in counts])
+    scanned = jax.lax.scan(lambda carry, t: (carry, schedule(t)), 0, counts)[1]
+    for values in (jax.jit(schedule)(counts), jax.vmap(schedule)(counts), scanned):
+        np.testing.assert_allclose(values, eager, rtol=1e-6)
+
+
+@every
+def test_broadcasts_over_counts_and_values(case):
+    values = case.value * jnp.array([1.0, 0.9])
+    grid = case.make(values)(jnp.arange(5)[:, None])
+    assert grid.shape == (5, 2)
+    for column, value in zip(grid.T, values, strict=True):
+        np.testing.assert_allclose(column, case.make(value)(jnp.arange(5)), rtol=1e-6)
+
+
+@every
+def test_value_may_be_traced_and_batched(case):
+    counts = jnp.arange(30)
+    values = case.value * jnp.array([1.0, 0.9])
+    traced = jax.jit(jax.vmap(lambda value: case.make(value)(counts)))(values)
+    for row, value in zip(traced, values, strict=True):
+        np.testing.assert_allclose(row, case.make(value)(counts), rtol=1e-6)
+
+
+@every
+def test_derivative_in_the_value_is_the_finite_difference(case, x64):
+    counts = jnp.array([count + d for count in case.knots for d in (-1, 0, 1)])
+    counts = jnp.append(counts, INT32_MAX)
+    exact = jax.jacobian(lambda value: case.make(value)(counts))(case.value)
+    step = 1e-6
+    above, below = (case.make(case.value + d)(counts) for d in (step, -step))
+    np.testing.assert_allclose(exact, (above - below) / (2 * step), atol=1e-6)
+
+
+@every
+def test_derivative_in_the_count_is_finite(case):
+    counts = jnp.asarray(case.knots, jnp.float32)
+    slopes = jax.vmap(jax.grad(case.make(case.value)))(counts)
+    assert np.all(np.isfinite(slopes))
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32, jnp.uint32])
+def test_any_integer_count_under_strict_promotion(case, dtype, strict):
+    value = case.make(jnp.asarray(case.value, jnp.bfloat16))(jnp.asarray(7, dtype))
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, case.reference(7), rtol=0.02)
+
+
+@every
+def test_one_trace_for_many_steps(case):
+    chex.clear_trace_counter()
+    schedule = jax.jit(chex.assert_max_traces(case.make(case.value), 1))
+    for count in range(5):
+        schedule(jnp.int32(count))
+
+
+@every
+def test_leaks_no_tracer(case):
+    with jax.checking_leaks():
+        jax.jit(lambda value, t: case.make(value)(t))(case.value, 3)
+
+
+@ending
+@pytest.mark.parametrize("past", [0, 1, 9, INT32_MAX])
+def test_constant_after_the_end(case, past):
+    schedule = case.make(case.value)
+    count = min(case.total * (past + 1) if past < 10 else past, INT32_MAX)
+    assert schedule(count) == schedule(case.total)
+
+
+@ending
+def test_constant_before_the_start(case):
+    schedule = case.make(case.value)
+    before = schedule(jnp.array([-1, -INT32_MAX - 1]))
+    assert np.all(np.isfinite(before))
+    assert before[0] == before[1]
+
+
+@every
+def test_exports_for_all_platforms(case):
+    exported = export.export(
+        jax.jit(case.make(case.value)), platforms=("cpu", "cuda", "tpu")
+    )(jnp.int32(0))
+    np.testing.assert_allclose(
+        exported.call(jnp.int32(7)), case.reference(7), rtol=1e-5
+    )
+
+
+SHAPES = ("linear", "cosine", "1-sqrt", "exponential")
+
+
+def check_onecycle(total, warmup, annihilation, shape, counts):
+    peak, end = np.float32(0.3), np.float32(1e-6)
+    schedule = osc.onecycle_schedule(
+        peak,
+        total,
+        warmup_steps=warmup,
+        end_value=end,
+        annihilation_steps=annihilation,
+        shape=shape,
+    )
+    values = np.asarray(jax.jit(schedule)(jnp.asarray(counts)))
+    up, down = values[counts <= warmup], values[counts >= warmup]
+    assert np.all(np.isfinite(values))
+    assert np.all(values >= end)
+    assert values.max() == peak
+    assert up[-1] == peak == down[0]
+    assert np.all(values[counts >= total] == end)
+    assert np.all(np.diff(up) >= 0)
+    assert np.all(np.diff(down) <= 0)
+    if total <= 1000:  # Beyond, neighbours are closer than float32 can tell.
+        assert np.sum(values == peak) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 10])
+def test_onecycle_of_every_short_length(total, shape):
+    for warmup in range(total):
+        for annihilation in range(total - warmup + 1):
+            check_onecycle(total, warmup, annihilation, shape, np.arange(total + 3))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("total", [100, 1000, 10**8])
+def test_onecycle_of_long_length(total, shape):
+    for warmup in (0, 1, round(0.3 * total), total - 1):
+        for annihilation in (0, 1, total - warmup):
+            if warmup + annihilation > total:
+                continue
+            near = [k + np.arange(-50, 51) for k in (0, warmup, total // 2, total)]
+            counts = np.concatenate([*near, np.linspace(0, total, 1001).astype(int)])
+            counts = np.unique(np.clip(counts, 0, None))
+            check_onecycle(total, warmup, annihilation, shape, counts)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(data=st.data(), total=st.integers(1, 2**31 - 1))
+def test_onecycle_of_any_length(data, total):
+    warmup = data.draw(st.integers(0, total - 1))
+    annihilation = data.draw(st.integers(0, total - warmup))
+    counts = data.draw(st.lists(st.integers(0, 2**31 - 1), min_size=1))
+    counts = np.unique([*counts, 0, warmup, total])
+    check_onecycle(total, warmup, annihilation, "cosine", counts)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tail_keeps_its_relative_precision(shape):
+    total, end = 1000, 1e-9
+    schedule = osc.onecycle_schedule(1.0, total, end_value=end, shape=shape)
+    counts = np.arange(total - 300, total)
+    with jax.enable_x64(True):
+        exact = osc.onecycle_schedule(1.0, total, end_value=end, shape=shape)(counts)
+    np.testing.assert_allclose(schedule(jnp.asarray(counts)), exact, rtol=1e-5)
+
+
+def test_rate_moves_in_single_ulps_above_2_to_the_24():
+    total = 10**8
+    schedule = jax.jit(osc.onecycle_schedule(1.0, total, shape="linear"))
+    values = np.asarray(schedule(5 * 10**7 + jnp.arange(1000)))
+    steps = np.diff(values)
+    assert np.all((steps == 0) | (-steps <= 2 * np.spacing(values[1:])))
+    assert len(np.unique(values)) > 100
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+def test_momentum_is_the_mirror_image_of_the_rate(total, shape):
+    counts = jnp.arange(total + 1)
+    rates = osc.onecycle_schedule(
+        1.0, total, init_value=0.0, end_value=0.0, shape=shape
+    )(counts)
+    momenta = osc.onecycle_momentum_schedule(total, shape=shape)(counts)
+    np.testing.assert_allclose(momenta, 0.95 - 0.1 * rates, rtol=1e-6)
+
+
+def test_default_warmup_and_initial_value():
+    schedule = osc.onecycle_schedule(1.0, 100)
+    assert schedule(30) == 1.0
+    np.testing.assert_allclose(schedule(0), 1 / 25)
