@@ -276,7 +276,7 @@ def smooth_curve(result: RangeTestResult) -> _Curve:
     """Local linear regression of the finite losses on the log of the rate.
 
     Centred, so without lag; linear, so without bias where the curve begins and ends;
-    and with losses capped as far above the start as the best is below it, so that an
+    and with losses capped above the start by a quarter of the fall, so that an
     explosion does not reach back.
     """
     bad = np.flatnonzero(~np.isfinite(result.losses))
@@ -291,7 +291,7 @@ def smooth_curve(result: RangeTestResult) -> _Curve:
     losses = np.asarray(result.losses[:n], np.float64)
     log_rates = np.log10(np.asarray(result.learning_rates[:n], np.float64))
     start = float(np.median(losses[: max(3, n // 10)]))
-    losses = np.minimum(losses, start + max(start - losses.min(), 0.0))
+    losses = np.minimum(losses, start + 0.25 * max(start - losses.min(), 0.0))
 
     distance = log_rates - log_rates[:, None]
     bandwidth = max(_BANDWIDTH, float(np.median(np.diff(log_rates))))
@@ -380,7 +380,7 @@ def suggest_learning_rate(
     lowest = int(values.argmin())
     highest = int(values[: lowest + 1].argmax())
     fall = values[highest] - values[lowest]
-    doubt = 4 * np.hypot(curve.errors[highest], curve.errors[lowest])
+    doubt = 5 * np.hypot(curve.errors[highest], curve.errors[lowest])
     if not fall > max(doubt, 1e-6 * np.abs(values).max()):
         rises = values.max() - values[0] > max(doubt, 1e-6 * np.abs(values).max())
         raise ValueError(

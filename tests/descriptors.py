@@ -145,11 +145,15 @@ def beta(count, high=0.95, low=0.85):
 
 def moving(count):
     """A momentum that moves, as a schedule of ours and of NumPy alike."""
-    return 0.5 + 0.4 * (count % 3) / 3
+    return 0.5 + 0.4 * ((count % 3) / 3)
 
 
 def linear_rate(count):
     return 0.1 * (1 - count / TOTAL)
+
+
+def growing_decay(count):
+    return 0.01 * (1 + count / 2)
 
 
 _ONECYCLE_STATIC = ("total_steps", "warmup_steps", "shape", "weight_decay_mask")
@@ -202,13 +206,13 @@ TRANSFORMS = [
         lambda value: osc.onecycle_sgd(
             value,
             TOTAL,
-            weight_decay=lambda t: 0.01 * (1 + t),
+            weight_decay=growing_decay,
             weight_decay_mask=None,
         ),
         0.1,
         ("weight_decay", "momentum", "learning_rate"),
         lambda p, g: reference.sgd(
-            p, g, rate, beta, decay=lambda t: 0.01 * (1 + t), nesterov=True
+            p, g, rate, beta, decay=growing_decay, nesterov=True
         ),
         (
             osc.onecycle_sgd,

@@ -1,0 +1,428 @@
+"""The range test and its suggestions."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import optax_superconv as osc
+
+
+def replay(losses):
+    """A step that returns these losses whatever is trained; its state is the step."""
+    table = jnp.asarray(losses, jnp.float32)
+
+    def step_fn(step, learning_rate, batch):
+        return step + 1, table[jnp.minimum(step, len(table) - 1)]
+
+    return jax.jit(step_fn)
+
+
+def run(losses, **options):
+    options.setdefault("num_steps", len(losses))
+    return osc.range_test(replay(losses), jnp.int32(0), [None], **options)
+
+
+@jax.jit
+def quadratic_step(w, learning_rate, batch):
+    loss, grad = jax.value_and_grad(lambda w: jnp.mean((w - batch) ** 2))(w)
+    return w - learning_rate * grad, loss
+
+
+# --- the ladder and the loop ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 16, 17, 100])
+def test_ladder_is_geometric_and_hits_both_ends(num_steps):
+    seen = []
+
+    def step_fn(state, learning_rate, batch):
+        assert learning_rate.shape == ()
+        assert learning_rate.dtype == jnp.float32
+        assert isinstance(learning_rate, jax.Array)
+        seen.append(float(learning_rate))
+        return state, jnp.float32(1.0)
+
+    result = osc.range_test(
+        step_fn, 0, [None], min_value=1e-5, max_value=3.0, num_steps=num_steps
+    )
+    expected = 1e-5 * (3.0 / 1e-5) ** (np.arange(num_steps) / (num_steps - 1))
+    np.testing.assert_allclose(result.learning_rates, expected, rtol=1e-6)
+    np.testing.assert_array_equal(result.learning_rates, np.float32(seen))
+    assert result.learning_rates[0] == np.float32(1e-5)
+    assert result.learning_rates[-1] == np.float32(3.0)
+
+
+def test_losses_are_those_of_the_same_steps_run_bare():
+    w, losses = jnp.zeros(()), []
+    for rate in np.geomspace(1e-3, 0.5, 40, dtype=np.float32):
+        w, loss = quadratic_step(w, rate, jnp.ones(3))
+        losses.append(loss)
+    result = osc.range_test(
+        quadratic_step,
+        jnp.zeros(()),
+        [jnp.ones(3)],
+        min_value=1e-3,
+        max_value=0.5,
+        num_steps=40,
+    )
+    np.testing.assert_allclose(result.losses, np.stack(losses), rtol=1e-6)
+    assert not result.diverged
+    assert all(isinstance(array, np.ndarray) for array in result[:3])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.9, 0.98])
+def test_smoothing_is_debiased(smoothing):
+    losses = np.random.default_rng(0).normal(size=50) + 5
+    result = run(losses, smoothing=smoothing)
+    expected = reference.debiased_average(np.float32(losses), smoothing)
+    np.testing.assert_allclose(result.smoothed_losses, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("level", [-3.0, 0.0, 0.7, 1e20])
+def test_a_constant_loss_smooths_to_itself(level):
+    result = run(np.full(100, level))
+    np.testing.assert_allclose(result.smoothed_losses, np.float32(level), rtol=1e-12)
+    assert not result.diverged
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("step", [0, 1, 7, 8, 15, 16, 31, 99])
+def test_stops_at_the_first_loss_that_is_not_finite(bad, step):
+    losses = np.ones(100)
+    losses[step:] = bad
+    result = run(losses)
+    assert result.diverged
+    assert len(result.losses) == len(result.learning_rates) == step + 1
+    assert np.all(np.isfinite(result.losses[:-1]))
+    assert not np.isfinite(result.losses[-1])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    offset=st.sampled_from([-50.0, -1.0, 0.0, 2.0]),
+    factor=st.floats(1.1, 6.0),
+    patience=st.integers(1, 15),
+    smoothing=st.sampled_from([0.0, 0.5, 0.98]),
+)
+def test_stops_where_the_rule_says(seed, offset, factor, patience, smoothing):
+    rng = np.random.default_rng(seed)
+    losses = np.float32(offset + np.cumsum(rng.normal(size=100)))
+    result = run(
+        losses, divergence_factor=factor, patience=patience, smoothing=smoothing
+    )
+    stop = reference.divergence_step(np.float64(losses), smoothing, factor, patience)
+    assert result.diverged == (stop is not None)
+    assert len(result.losses) == (stop or 100)
+
+
+@pytest.mark.parametrize("start", [2.3, 0.0, -5.0])
+def test_a_catapult_is_not_divergence(start):
+    losses = start - np.linspace(0, 1, 100)
+    losses[50:55] += 100.0
+    assert not run(losses, smoothing=0.0, patience=10).diverged
+    losses[50:65] += 100.0
+    assert run(losses, smoothing=0.0, patience=10).diverged
+
+
+def test_looks_at_the_losses_at_least_every_sixteen_steps():
+    for bad in range(40):
+        calls = itertools.count()
+
+        def step_fn(state, learning_rate, batch, bad=bad, calls=calls):
+            return state, jnp.float32(np.nan if next(calls) >= bad else 1.0)
+
+        osc.range_test(step_fn, 0, [None])
+        assert next(calls) - (bad + 1) < 16
+
+
+def test_does_not_wait_for_the_device_at_every_step():
+    """A loss counts how often it is read, and how far behind the step that is."""
+    reads, dispatched = [], itertools.count()
+
+    class Loss:
+        shape = ()
+
+        def __init__(self, step):
+            self.step = step
+
+        def __float__(self):
+            reads.append((self.step, next(dispatched)))
+            return 1.0
+
+    steps = itertools.count()
+    osc.range_test(lambda s, lr, b: (s, Loss(next(steps))), 0, [None], num_steps=64)
+    assert [step for step, _ in reads] == list(range(64))
+
+
+# --- the caller's things --------------------------------------------------------------
+
+
+def test_the_state_survives_a_step_that_donates_it():
+    donating = jax.jit(
+        lambda s, lr, x: (jax.tree.map(lambda w: w - lr * x, s), s["w"].sum()),
+        donate_argnums=0,
+    )
+    state = {"w": jnp.ones(4), "n": np.ones(2), "key": jax.random.key(0), "none": None}
+    state.pop("key")
+    osc.range_test(donating, state, [1.0], num_steps=10)
+    np.testing.assert_array_equal(state["w"], np.ones(4))
+    np.testing.assert_array_equal(state["n"], np.ones(2))
+
+
+def test_random_keys_and_static_leaves_may_be_in_the_state():
+    def step_fn(state, learning_rate, batch):
+        key, name = state
+        key, sub = jax.random.split(key)
+        return (key, name), jax.random.uniform(sub)
+
+    key = jax.random.key(0)
+    first = osc.range_test(step_fn, (key, "name"), [None], num_steps=20)
+    again = osc.range_test(step_fn, (key, "name"), [None], num_steps=20)
+    np.testing.assert_array_equal(first.losses, again.losses)
+
+
+def test_the_state_stays_where_it_is_and_nothing_is_compiled_again():
+    mesh = jax.make_mesh((8,), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    for state in (jnp.zeros(8), jax.device_put(jnp.zeros(8), sharding)):
+        step = jax.jit(lambda s, lr, b: (s - lr, s.sum()))
+        step(state, jnp.float32(1.0), 1.0)
+        osc.range_test(step, state, [1.0], num_steps=20)
+        assert step._cache_size() == 1
+
+
+def test_nnx_model_and_optimizer_survive():
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def step_fn(params, learning_rate, x):
+        def loss_fn(params):
+            return jnp.mean(nnx.merge(graphdef, params)(x) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        return jax.tree.map(lambda p, g: p - learning_rate * g, params, grads), loss
+
+    result = osc.range_test(step_fn, params, [jnp.ones((4, 2))])
+    assert result.losses[0] > result.losses.min()
+    jax.tree.map(
+        np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model))
+    )
+
+
+def test_nnx_objects_that_change_in_place_survive():
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.trace(0.9), wrt=nnx.Param)
+    before = np.asarray(model.kernel[...])
+
+    @nnx.jit
+    def step(model, optimizer, learning_rate, x):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean(m(x) ** 2))(model)
+        optimizer.update(model, jax.tree.map(lambda g: -learning_rate * g, grads))
+        return loss
+
+    def step_fn(state, learning_rate, x):
+        return state, step(*state, learning_rate, x)
+
+    result = osc.range_test(step_fn, (model, optimizer), [jnp.ones((4, 2))])
+    assert result.losses.min() < 0.5 * result.losses[0]
+    np.testing.assert_array_equal(model.kernel[...], before)
+
+
+def test_equinox_models_are_states():
+    model = eqx.nn.Linear(2, 1, key=jax.random.key(0))
+
+    @eqx.filter_jit
+    def step_fn(model, learning_rate, x):
+        loss, grads = eqx.filter_value_and_grad(lambda m: jnp.mean(m(x) ** 2))(model)
+        return eqx.apply_updates(
+            model, jax.tree.map(lambda g: -learning_rate * g, grads)
+        ), loss
+
+    result = osc.range_test(step_fn, model, [jnp.ones(2)])
+    assert result.losses.min() < 0.5 * result.losses[0]
+
+
+# --- batches --------------------------------------------------------------------------
+
+
+def seen_batches(batches, num_steps):
+    seen = []
+
+    def step_fn(state, learning_rate, batch):
+        seen.append(batch)
+        return state, jnp.float32(1.0)
+
+    osc.range_test(step_fn, 0, batches, num_steps=num_steps)
+    return seen
+
+
+def test_a_sequence_starts_again_at_its_end():
+    assert seen_batches([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
+    assert seen_batches(range(3), 5) == [0, 1, 2, 0, 1]
+
+
+def test_an_iterator_is_consumed_and_no_further_than_needed():
+    iterator = iter(range(100))
+    assert seen_batches(iterator, 7) == list(range(7))
+    assert next(iterator) == 7
+
+
+def test_an_iterator_that_runs_dry_says_after_how_many():
+    with pytest.raises(ValueError, match=r"batches.*100.*ran dry after 37"):
+        seen_batches(iter(range(37)), 100)
+
+
+def test_an_iterator_that_runs_dry_after_divergence_is_no_error():
+    losses = np.full(37, np.nan)
+    result = osc.range_test(replay(losses), jnp.int32(0), iter(range(3)))
+    assert len(result.losses) == 1
+
+
+# --- suggestions ----------------------------------------------------------------------
+
+RATES = np.geomspace(1e-7, 10, 100)
+
+
+def falling(x):
+    """The noiseless curve: falls by 1.8 around 10**-2.5 and explodes near 1."""
+    return 2.3 - 1.8 / (1 + np.exp(-2 * (x + 2.5))) + 0.02 * np.exp(4 * x)
+
+
+def as_result(losses, rates=RATES, diverged=False):
+    rates = np.float32(rates[: len(losses)])
+    return osc.RangeTestResult(rates, np.asarray(losses), np.asarray(losses), diverged)
+
+
+METHODS = ("valley", "steepest", "minimum", "divergence")
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("shift", [-10.0, 0.0, 10.0])
+def test_suggestions_on_a_known_curve(scale, shift):
+    """Whatever the units of the loss, and below 0 as well."""
+    x = np.log10(RATES)
+    result = as_result(scale * (falling(x) + shift), diverged=True)
+    fine = np.linspace(-7, 1, 100_001)
+    lowest = fine[falling(fine).argmin()]
+    half = (falling(-7) + falling(lowest)) / 2
+    halfway = fine[np.flatnonzero(falling(fine) > half)]
+    known = {
+        "valley": halfway[halfway < lowest][-1],
+        "steepest": -2.5,
+        "minimum": lowest - 1,
+        "divergence": fine[np.flatnonzero(falling(fine) <= falling(-7))][-1],
+    }
+    for method in METHODS:
+        suggested = osc.suggest_learning_rate(result, method=method)
+        assert abs(np.log10(suggested) - known[method]) < 0.25, method
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.2])
+def test_the_default_is_steady_under_noise(noise):
+    """5 to 95 % over 200 seeds within a factor of 2 (fastai's valley: 3.6)."""
+    x = np.log10(RATES)
+    suggested = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        noisy = falling(x) + noise * rng.normal(size=100)
+        suggested.append(osc.suggest_learning_rate(as_result(noisy)))
+    low, median, high = np.percentile(suggested, [5, 50, 95])
+    assert high / low <= 2
+    assert 1e-4 < median < 0.1
+
+
+def test_a_suggestion_does_not_depend_on_the_running_average():
+    x = np.log10(RATES)
+    suggestions = {
+        osc.suggest_learning_rate(run(falling(x), smoothing=smoothing, min_value=1e-7))
+        for smoothing in (0.0, 0.9, 0.98)
+    }
+    assert len(suggestions) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_ignored(method, bad):
+    x = np.log10(RATES)
+    clean = falling(x)[:85]
+    assert osc.suggest_learning_rate(
+        as_result(np.append(clean, bad), diverged=True), method=method
+    ) == osc.suggest_learning_rate(as_result(clean, diverged=True), method=method)
+
+
+@pytest.mark.parametrize("method", ["valley", "steepest", "minimum"])
+def test_an_explosion_does_not_reach_back(method):
+    """Losses of 1e30 from 2 on move it by less than the kernel is wide."""
+    x = np.log10(RATES)
+    wild = np.where(x > 0.3, 1e30, falling(x))
+    suggested, expected = (
+        osc.suggest_learning_rate(as_result(losses), method=method)
+        for losses in (wild, falling(x))
+    )
+    assert abs(np.log10(suggested / expected)) < 0.35
+
+
+@pytest.mark.parametrize("method", ["valley", "steepest", "minimum"])
+def test_a_curve_that_only_falls_has_a_suggestion(method):
+    result = as_result(2.0 - np.linspace(0, 1, 100))
+    assert RATES[0] < osc.suggest_learning_rate(result, method=method) <= RATES[-1]
+
+
+@pytest.mark.parametrize("method", ["valley", "steepest", "minimum"])
+@pytest.mark.parametrize(
+    ("losses", "advice"),
+    [
+        (np.full(100, 2.3), "flat.*max_value"),
+        (np.zeros(100), "flat.*max_value"),
+        (np.linspace(1, 3, 100), "rises from the start.*min_value"),
+        (np.geomspace(1, 1e6, 100), "rises from the start.*min_value"),
+        (np.linspace(3, 1, 9), "10.*num_steps"),
+        (np.append(np.linspace(3, 1, 9), [np.nan] * 20), "10.*num_steps"),
+        (np.full(30, np.nan), "10.*num_steps"),
+    ],
+)
+def test_a_curve_without_suggestion_says_what_to_change(method, losses, advice):
+    with pytest.raises(ValueError, match=f"`result`.*{advice}"):
+        osc.suggest_learning_rate(as_result(losses), method=method)
+
+
+def test_noise_alone_is_flat():
+    """At most 5 of 200 curves of pure noise pass for a fall."""
+    passed = 0
+    for seed in range(200):
+        losses = 2.3 + 0.1 * np.random.default_rng(seed).normal(size=100)
+        try:
+            osc.suggest_learning_rate(as_result(losses))
+            passed += 1
+        except ValueError:
+            pass
+    assert passed <= 5
+
+
+def test_divergence_needs_divergence():
+    with pytest.raises(ValueError, match="max_value"):
+        osc.suggest_learning_rate(
+            as_result(2.0 - np.linspace(0, 1, 100)), method="divergence"
+        )
+
+
+def test_divergence_is_read_where_it_happens_on_a_real_run():
+    """Gradient descent on curvature 2 diverges above a rate of 1."""
+    result = osc.range_test(
+        quadratic_step, jnp.full((), 100.0), [jnp.zeros(1)], max_value=1e4, patience=3
+    )
+    assert result.diverged
+    edge = osc.suggest_learning_rate(result, method="divergence")
+    assert 1 < edge < 30
