@@ -9,13 +9,14 @@ the rate.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import numpy as np
 
 from optax_superconv import _checks
 
+Method = Literal["valley", "steepest", "minimum", "divergence"]
 State = TypeVar("State")
 Batch = TypeVar("Batch")
 
@@ -315,7 +316,7 @@ def smooth_curve(result: RangeTestResult) -> _Curve:
 def suggest_learning_rate(
     result: RangeTestResult,
     *,
-    method: Literal["valley", "steepest", "minimum", "divergence"] = "valley",
+    method: Method = "valley",
 ) -> float:
     """Reads a learning rate off the curve of a range test.
 
@@ -323,8 +324,9 @@ def suggest_learning_rate(
     suggestion neither lags nor depends on the test's ``smoothing``.
 
     * ``"valley"``: where the loss has fallen half of the way, from its highest point
-      before the minimum down to the minimum. The steadiest under noise, and on the low
-      side: runs of some hundred steps often bear several times more.
+      before the minimum down to the minimum. The steadiest under noise, and cautious: a
+      one-cycle run of some hundred steps often bears several times more, with SGD up to
+      the rate of the lowest loss itself (Smith's reading), ten times ``"minimum"``.
     * ``"steepest"``: where the loss falls fastest per decade of the rate.
     * ``"minimum"``: a tenth of the rate at which the loss is lowest. Where the loss
       still falls at the end of the ladder, that end is taken for the minimum.
@@ -360,7 +362,7 @@ def suggest_learning_rate(
       <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1); the names of the methods
       are `fastai's <https://docs.fast.ai/callback.schedule.html>`_.
     """
-    _checks.choice("method", method, ("valley", "steepest", "minimum", "divergence"))
+    _checks.choice("method", method, get_args(Method))
     if not isinstance(result, RangeTestResult):
         raise TypeError(
             f"`result` must be a RangeTestResult, got a {type(result).__name__}."

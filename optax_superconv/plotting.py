@@ -6,13 +6,14 @@ Needs matplotlib (``pip install 'optax-superconv[plot]'``), imported when first 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import optax
 
 from optax_superconv import _checks
 from optax_superconv._range_test import (
+    Method,
     RangeTestResult,
     smooth_curve,
     suggest_learning_rate,
@@ -94,21 +95,28 @@ def plot_schedule(
         values = np.asarray([np.asarray(schedule(step)) for step in steps])
         color = f"C{k}"
         axes.plot(steps, values, color=color)
-        axes.set_ylabel(name, color=color if len(schedules) > 1 else None)
+        axes.set_ylabel(name, color=color)
     return first
 
 
-def plot_range_test(result: RangeTestResult, ax: Axes | None = None) -> Axes:
-    """Draws the losses of a range test over the rate, and the default suggestion.
+def plot_range_test(
+    result: RangeTestResult,
+    ax: Axes | None = None,
+    *,
+    method: Method | None = "valley",
+) -> Axes:
+    """Draws the losses of a range test over the rate, and a suggestion.
 
     Args:
       result: Of :func:`optax_superconv.range_test`.
       ax: Where to draw; None is new axes.
+      method: Of :func:`optax_superconv.suggest_learning_rate`; None draws none.
 
     Returns:
       The axes. A curve that holds no suggestion is drawn without one.
 
     Raises:
+      ValueError: For an unknown method.
       TypeError: If ``result`` is no range test's.
       ImportError: If matplotlib is missing.
 
@@ -127,6 +135,8 @@ def plot_range_test(result: RangeTestResult, ax: Axes | None = None) -> Axes:
         raise TypeError(
             f"`result` must be a RangeTestResult, got a {type(result).__name__}."
         )
+    if method is not None:
+        _checks.choice("method", method, get_args(Method))
     ax = _axes(ax)
     ax.plot(result.learning_rates, result.losses, color="0.75", label="loss")
     ax.set_xscale("log")
@@ -138,15 +148,18 @@ def plot_range_test(result: RangeTestResult, ax: Axes | None = None) -> Axes:
         return ax
     ax.plot(10**curve.log_rates, curve.values, color="C0", label="smoothed")
     # An explosion would flatten everything else.
-    low, high = curve.values.min(), curve.values.max()
+    finite = result.losses[: len(curve.values)]
+    low, high = min(finite.min(), curve.values.min()), curve.values.max()
     margin = 0.1 * (high - low)
     if margin > 0:
         ax.set_ylim(low - margin, high + margin)
-    try:
-        rate = suggest_learning_rate(result)
-    except ValueError:  # No suggestion in this curve.
-        pass
-    else:
-        ax.axvline(rate, color="C1", linestyle="--", label=f"suggested: {rate:.2g}")
+    if method is not None:
+        try:
+            rate = suggest_learning_rate(result, method=method)
+        except ValueError:  # No suggestion in this curve.
+            pass
+        else:
+            label = f"{method}: {rate:.2g}"
+            ax.axvline(rate, color="C1", linestyle="--", label=label)
     ax.legend()
     return ax

@@ -1,0 +1,234 @@
+"""Super-convergence on handwritten digits: one cycle against a step schedule.
+
+A range test picks the peak rate of a one-cycle run of 20 epochs. Against it stands the
+conventional schedule, a constant rate cut to a tenth at one half and at three quarters
+of the run, for as long and for eight times as long, its rate tuned over a grid of whole
+runs on validation data. Same network, data, batches and weight decay. What is printed
+is what this run measured.
+
+    python examples/01_super_convergence.py [--smoke] [--out FOLDER]
+"""
+
+import argparse
+import functools
+import itertools
+import pathlib
+
+import jax
+import matplotlib
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+import optax_superconv as osc
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+BATCH, EPOCH, TARGET = 64, 1000 // 64, 0.98  # An epoch in steps.
+
+
+class ConvNet(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        widths = (1, 16, 32)
+        self.convs = nnx.List(
+            nnx.Conv(i, o, (3, 3), rngs=rngs) for i, o in itertools.pairwise(widths)
+        )
+        self.norms = nnx.List(nnx.LayerNorm(o, rngs=rngs) for o in widths[1:])
+        self.head = nnx.Linear(32, 10, rngs=rngs)
+
+    def __call__(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.relu(norm(conv(x)))
+            x = nnx.max_pool(x, (2, 2), (2, 2)) if x.shape[1] > 2 else x
+        return self.head(x.mean((1, 2)))
+
+
+GRAPH = nnx.graphdef(nnx.eval_shape(lambda: ConvNet(rngs=nnx.Rngs(0))))
+
+
+@jax.jit
+def init_params(seed):
+    return nnx.state(ConvNet(rngs=nnx.Rngs(jax.random.key(seed))))
+
+
+def load_data():
+    """1,000 images to train, 297 to validate, 500 to test."""
+    digits = load_digits()
+    images = ((digits.images - 4.9) / 6.0).astype(np.float32)[..., None]
+    order = np.random.default_rng(0).permutation(len(images))
+    parts = np.split(order, [1000, 1297])
+    return [(images[part], digits.target[part]) for part in parts]
+
+
+def batches(data, seed):
+    """Endless batches, reshuffled every epoch."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(data[1]))[: EPOCH * BATCH]
+        for part in np.split(order, EPOCH):
+            yield tuple(array[part] for array in data)
+
+
+def loss_fn(params, batch):
+    logits = nnx.merge(GRAPH, params)(batch[0])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+@jax.jit
+def accuracy(params, batch):
+    return (nnx.merge(GRAPH, params)(batch[0]).argmax(-1) == batch[1]).mean()
+
+
+def make_training(make_tx):
+    """The start, and the step ``(state, rate, batch) -> (state, loss)``, of a run."""
+
+    def start(seed):
+        params = init_params(seed)
+        return params, make_tx(1.0).init(params)
+
+    @jax.jit
+    def step(state, rate, batch):
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = make_tx(rate).update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    return start, step
+
+
+def train(training, rate, seed, epochs, data, held_out, advance):
+    """Accuracy on the held-out images after every epoch."""
+    (start, step), source, curve = training, batches(data, seed), []
+    state = start(seed)
+    for _ in range(epochs):
+        for batch in itertools.islice(source, EPOCH):
+            state, _ = step(state, rate, batch)
+        curve.append(accuracy(state[0], held_out))
+        advance()
+    return np.asarray(curve)
+
+
+def sgd(schedule):
+    momentum = optax.sgd(schedule, 0.9, nesterov=True)
+    return optax.chain(optax.add_decayed_weights(5e-4), momentum)
+
+
+def one_cycle(peak, total):
+    return osc.onecycle_sgd(peak, total, weight_decay=5e-4)
+
+
+def step_schedule(rate, total):
+    cuts = {total // 2: 0.1, total * 3 // 4: 0.1}
+    return sgd(optax.piecewise_constant_schedule(rate, cuts))
+
+
+def spread(values, digits):
+    """Mean ± s.d. over the seeds that have a value, and how many of them have."""
+    good = [value for value in values if np.isfinite(value)]
+    if not good:
+        return "never"
+    text = f"{np.mean(good):.{digits}f} ± {np.std(good, ddof=len(good) > 1):.{digits}f}"
+    return text if len(good) == len(values) else f"{text} ({len(good)}/{len(values)})"
+
+
+def draw(results, test, peak, total, path):
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4))
+    osc.plotting.plot_range_test(test, left, method=None)
+    left.axvline(peak, color="C3", label=f"chosen peak: {peak:.2g}")
+    left.set_title("Range test (seed 0)")
+    left.legend()
+    rate = osc.onecycle_schedule(peak, total)
+    momentum = osc.onecycle_momentum_schedule(total)
+    dials = {"learning rate": rate, "momentum": momentum}
+    osc.plotting.plot_schedule(dials, total, middle)
+    middle.set_title("The dials (seed 0)")
+    for arm, (_, _, curves) in results.items():
+        steps = EPOCH * np.arange(1, curves.shape[1] + 1)
+        right.plot(steps, curves.mean(0), label=arm)
+        right.fill_between(steps, curves.min(0), curves.max(0), alpha=0.2)
+    right.axhline(TARGET, color="0.5", linestyle=":")
+    right.set(
+        xscale="log", xlim=30, ylim=(0.9, 1), xlabel="step", ylabel="test accuracy"
+    )
+    right.set_title(f"Test accuracy, mean and range over {len(curves)} seeds")
+    right.legend(loc="lower right")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="seconds, no story")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    args = parser.parse_args()
+    seeds, tuning_seeds, short, grid = 5, 2, 20, (0.01, 0.03, 0.1, 0.3)
+    if args.smoke:
+        seeds, tuning_seeds, short, grid = 1, 1, 1, (0.03,)
+        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
+    arms = {
+        "one-cycle": (one_cycle, short),
+        "step": (step_schedule, short),
+        "step, 8x": (step_schedule, 8 * short),
+    }
+    if args.smoke:
+        del arms["step, 8x"]
+    data, validation, test = load_data()
+    console, results = Console(), {}
+
+    start, step = make_training(sgd)
+    tests = [
+        osc.range_test(step, start(seed), batches(data, seed), min_value=1e-5)
+        for seed in range(seeds)
+    ]
+    # Smith (2018) takes for the peak the rate of the lowest loss, not a tenth of it.
+    peaks = [10 * osc.suggest_learning_rate(t, method="minimum") for t in tests]
+
+    with Progress(console=console) as bar:
+        for arm, (make_tx, epochs) in arms.items():
+            task = bar.add_task(arm, total=None)
+            run = functools.partial(
+                train,
+                make_training(functools.partial(make_tx, total=epochs * EPOCH)),
+                epochs=epochs,
+                data=data,
+                advance=functools.partial(bar.advance, task),
+            )
+            rates, tuning_steps = peaks, len(tests[0].losses)
+            runs = seeds + (arm != "one-cycle") * len(grid) * tuning_seeds
+            bar.update(task, total=runs * epochs)
+            if arm != "one-cycle":
+                tuning = range(100, 100 + tuning_seeds)
+                scores = [
+                    np.mean([run(r, seed, held_out=validation)[-1] for seed in tuning])
+                    for r in grid
+                ]
+                rates = [grid[np.argmax(scores)]] * seeds
+                tuning_steps = (runs - seeds) * epochs * EPOCH
+            curves = [run(r, seed, held_out=test) for seed, r in enumerate(rates)]
+            results[arm] = rates, tuning_steps, np.stack(curves)
+
+    table = Table(title=f"Digits, mean ± s.d. over {seeds} seeds")
+    columns = ("arm", "peak rate", "tuning steps", "steps", "to 98 %", "accuracy (%)")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for arm, (rates, tuning_steps, curves) in results.items():
+        reached = [np.flatnonzero(curve >= TARGET) for curve in curves]
+        first = [EPOCH * (r[0] + 1) if r.size else np.nan for r in reached]
+        steps = EPOCH * curves.shape[1]
+        cost = f"{tuning_steps:,}"
+        row = (spread(rates, 3), cost, f"{steps:,}", spread(first, 0))
+        table.add_row(arm, *row, spread(100 * curves[:, -1], 1))
+    console.print(table)
+    path = args.out / "01_super_convergence.png"
+    draw(results, tests[0], peaks[0], short * EPOCH, path)
+    console.print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    main()

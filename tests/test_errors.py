@@ -1,0 +1,299 @@
+"""Bad input: which error, naming argument, rule and value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_superconv as osc
+
+STEP = lambda state, rate, batch: (state, jnp.float32(1.0))  # noqa: E731
+
+
+def run(**options):
+    return osc.range_test(options.pop("step_fn", STEP), 0, [None], **options)
+
+
+def suggest(**options):
+    rates = np.geomspace(1e-6, 1, 50)
+    losses = 2 - 1 / (1 + 1e-3 / rates)
+    return osc.suggest_learning_rate(
+        osc.RangeTestResult(rates, losses, losses, False), **options
+    )
+
+
+BAD_VALUES = [
+    # call, argument, rule, value
+    (lambda: osc.onecycle_schedule(1.0, 0), "total_steps", "at least 1", "0"),
+    (lambda: osc.onecycle_schedule(1.0, -5), "total_steps", "at least 1", "-5"),
+    (
+        lambda: osc.onecycle_schedule(1.0, 3 * 10**9),
+        "total_steps",
+        "at most 2147483647",
+        "3000000000",
+    ),
+    (
+        lambda: osc.onecycle_schedule(1.0, 10, warmup_steps=-1),
+        "warmup_steps",
+        "at least 0 and less than `total_steps` (10)",
+        "-1",
+    ),
+    (
+        lambda: osc.onecycle_schedule(1.0, 10, warmup_steps=10),
+        "warmup_steps",
+        "at least 0 and less than `total_steps` (10)",
+        "10",
+    ),
+    (
+        lambda: osc.onecycle_schedule(1.0, 10, annihilation_steps=-1),
+        "annihilation_steps",
+        "at least 0",
+        "-1",
+    ),
+    (
+        lambda: osc.onecycle_schedule(1.0, 10, warmup_steps=4, annihilation_steps=7),
+        "warmup_steps + annihilation_steps",
+        "at most `total_steps` (10)",
+        "4 + 7",
+    ),
+    (lambda: osc.onecycle_schedule(-0.1, 10), "peak_value", "at least 0", "-0.1"),
+    (lambda: osc.onecycle_schedule(np.nan, 10), "peak_value", "finite", "nan"),
+    (
+        lambda: osc.onecycle_schedule(jnp.array([0.1, -0.2]), 10),
+        "peak_value",
+        "at least 0",
+        "-0.2",
+    ),
+    (
+        lambda: osc.onecycle_schedule(1.0, 10, init_value=2.0),
+        "init_value",
+        "at most `peak_value` (1.0)",
+        "2.0",
+    ),
+    (
+        lambda: osc.onecycle_schedule(1.0, 10, end_value=-1e-9),
+        "end_value",
+        "at least 0",
+        "-1e-09",
+    ),
+    (
+        lambda: osc.onecycle_schedule(1.0, 10, shape="exponential"),
+        "end_value",
+        "above 0",
+        "0.0",
+    ),
+    (
+        lambda: osc.onecycle_schedule(1.0, 10, shape="cos"),
+        "shape",
+        "one of 'linear', 'cosine', '1-sqrt', 'exponential'",
+        "'cos'",
+    ),
+    (
+        lambda: osc.onecycle_schedule(1.0, 10, shape=lambda r: 1 - r),
+        "shape",
+        "shape(1) == 1",
+        "[0. 1.]",
+    ),
+    (
+        lambda: osc.onecycle_momentum_schedule(10, max_momentum=1.0),
+        "max_momentum",
+        "at least 0 and less than 1",
+        "1.0",
+    ),
+    (
+        lambda: osc.onecycle_momentum_schedule(10, base_momentum=-0.1),
+        "base_momentum",
+        "at least 0 and less than 1",
+        "-0.1",
+    ),
+    (
+        lambda: osc.onecycle_momentum_schedule(10, base_momentum=0.99),
+        "base_momentum",
+        "at most `max_momentum` (0.95)",
+        "0.99",
+    ),
+    (lambda: osc.onecycle_momentum_schedule(0), "total_steps", "at least 1", "0"),
+    (
+        lambda: osc.phase_schedule(0.0, [(3, 1.0), (-2, 0.0)]),
+        "phases[1].steps",
+        "at least 0",
+        "-2",
+    ),
+    (
+        lambda: osc.phase_schedule(0.0, [(3, np.inf)]),
+        "phases[0].end_value",
+        "finite",
+        "inf",
+    ),
+    (
+        lambda: osc.phase_schedule(0.0, [(3, 1.0, "exponential")]),
+        "init_value",
+        "above 0",
+        "0.0",
+    ),
+    (
+        lambda: osc.phase_schedule(0.0, [(2**31 - 1, 1.0), (1, 0.0)]),
+        "phases",
+        "at most 2147483647",
+        "2147483648",
+    ),
+    (
+        lambda: osc.cyclical_schedule(0.1, 0.2, 3, mode="triangle"),
+        "mode",
+        "one of 'triangular', 'triangular2', 'exp_range'",
+        "'triangle'",
+    ),
+    (lambda: osc.cyclical_schedule(0.1, 0.2, 0), "steps_up", "at least 1", "0"),
+    (lambda: osc.cyclical_schedule(0.1, 0.2, 3, 0), "steps_down", "at least 1", "0"),
+    (lambda: osc.cyclical_schedule(0.1, -0.2, 3), "peak_value", "at least 0", "-0.2"),
+    (
+        lambda: osc.cyclical_schedule(0.1, 0.2, 3, mode="exp_range", gamma=1.1),
+        "gamma",
+        "above 0 and at most 1",
+        "1.1",
+    ),
+    (lambda: osc.scheduled_trace(1.0), "decay", "less than 1", "1.0"),
+    (lambda: osc.scale_by_scheduled_adam(-0.1), "b1", "at least 0", "-0.1"),
+    (lambda: osc.scale_by_scheduled_adam(0.9, 1.0), "b2", "less than 1", "1.0"),
+    (lambda: osc.scale_by_scheduled_adam(0.9, eps=-1.0), "eps", "at least 0", "-1.0"),
+    (lambda: osc.scale_by_learning_rate(np.nan), "learning_rate", "finite", "nan"),
+    (
+        lambda: osc.onecycle_sgd(-0.1, 10),
+        "peak_learning_rate",
+        "at least 0",
+        "-0.1",
+    ),
+    (
+        lambda: osc.onecycle_sgd(0.1, 10, init_learning_rate=0.2),
+        "init_learning_rate",
+        "at most `peak_learning_rate` (0.1)",
+        "0.2",
+    ),
+    (lambda: osc.onecycle_sgd(0.1, 0), "total_steps", "at least 1", "0"),
+    (
+        lambda: osc.onecycle_sgd(0.1, 10, weight_decay=-1.0),
+        "weight_decay",
+        "at least 0",
+        "-1.0",
+    ),
+    (lambda: osc.onecycle_adamw(0.1, 10, max_b1=1.5), "max_b1", "less than 1", "1.5"),
+    (
+        lambda: osc.onecycle_adamw(0.1, 10, base_b1=0.96),
+        "base_b1",
+        "at most `max_b1` (0.95)",
+        "0.96",
+    ),
+    (lambda: osc.onecycle_adamw(0.1, 10, b2=1.0), "b2", "less than 1", "1.0"),
+    (
+        lambda: osc.onecycle_adamw(0.1, 10, shape="exponential"),
+        "end_learning_rate",
+        "above 0",
+        "0.0",
+    ),
+    (lambda: run(min_value=0.0), "min_value", "above 0", "0.0"),
+    (lambda: run(min_value=10.0), "max_value", "above `min_value` (10.0)", "10.0"),
+    (lambda: run(num_steps=1), "num_steps", "at least 2", "1"),
+    (lambda: run(smoothing=1.0), "smoothing", "less than 1", "1.0"),
+    (lambda: run(divergence_factor=1.0), "divergence_factor", "above 1", "1.0"),
+    (lambda: run(patience=0), "patience", "at least 1", "0"),
+    (
+        lambda: run(step_fn=lambda s, r, b: (s, jnp.ones(3))),
+        "step_fn's loss",
+        "a scalar",
+        "(3,)",
+    ),
+    (
+        lambda: osc.range_test(STEP, 0, []),
+        "batches",
+        "at least one batch",
+        "none",
+    ),
+    (
+        lambda: suggest(method="slide"),
+        "method",
+        "one of 'valley', 'steepest', 'minimum', 'divergence'",
+        "'slide'",
+    ),
+    (
+        lambda: osc.plotting.plot_schedule(lambda t: t, 0),
+        "total_steps",
+        "at least 1",
+        "0",
+    ),
+    (
+        lambda: osc.plotting.plot_schedule({}, 10),
+        "schedule_or_mapping",
+        "at least one",
+        "none",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "argument", "rule", "value"),
+    BAD_VALUES,
+    ids=[f"{k}-{row[1]}" for k, row in enumerate(BAD_VALUES)],
+)
+def test_a_bad_value_is_named_with_its_rule(call, argument, rule, value):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        call()
+    message = str(error.value)
+    assert message.startswith(f"`{argument}`")
+    assert rule in message
+    assert value in message.rsplit(", got ")[-1]
+
+
+BAD_TYPES = [
+    (lambda: osc.onecycle_schedule(1.0, 10.0), "total_steps", "10.0 of type float"),
+    (lambda: osc.onecycle_schedule(1.0, True), "total_steps", "bool"),
+    (lambda: osc.onecycle_schedule(1.0, "10"), "total_steps", "str"),
+    (lambda: osc.onecycle_schedule(1.0, 10, warmup_steps=0.3), "warmup_steps", "0.3"),
+    (lambda: osc.onecycle_schedule("1.0", 10), "peak_value", "str"),
+    (lambda: osc.onecycle_schedule(None, 10), "peak_value", "NoneType"),
+    (lambda: osc.onecycle_schedule([1.0], 10), "peak_value", "list"),
+    (lambda: osc.onecycle_schedule(True, 10), "peak_value", "bool"),
+    (lambda: osc.onecycle_schedule(1.0, 10, shape=3), "shape", "int"),
+    (lambda: osc.phase_schedule(0.0, [7]), "phases[0]", "int"),
+    (lambda: osc.phase_schedule(0.0, [(1.5, 0.0)]), "phases[0].steps", "float"),
+    (lambda: osc.scale_by_learning_rate("fast"), "learning_rate", "str"),
+    (lambda: osc.scheduled_trace(None), "decay", "NoneType"),
+    (lambda: osc.onecycle_adamw(0.1, 10, weight_decay="x"), "weight_decay", "str"),
+    (lambda: run(step_fn=3), "step_fn", "int"),
+    (lambda: run(step_fn=lambda s, r, b: s), "step_fn", "int"),
+    (lambda: run(num_steps=10.0), "num_steps", "float"),
+    (lambda: osc.range_test(STEP, 0, {"x": 1}), "batches", "dict"),
+    (lambda: osc.range_test(STEP, 0, 3), "batches", "int"),
+    (lambda: osc.suggest_learning_rate([1.0]), "result", "list"),
+    (lambda: suggest(method=3), "method", "int"),
+    (lambda: osc.plotting.plot_schedule(0.1, 10), "schedule_or_mapping", "float"),
+    (lambda: osc.plotting.plot_range_test(0.1), "result", "float"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "argument", "kind"),
+    BAD_TYPES,
+    ids=[f"{k}-{row[1]}" for k, row in enumerate(BAD_TYPES)],
+)
+def test_the_wrong_kind_is_named(call, argument, kind):
+    with pytest.raises(TypeError) as error:
+        call()
+    assert str(error.value).startswith(f"`{argument}")
+    assert kind in str(error.value)
+
+
+def test_a_traced_duration_says_what_to_do():
+    with pytest.raises(TypeError, match=r"`total_steps`.*static_args"):
+        jax.jit(lambda total: osc.onecycle_schedule(1.0, total)(0))(10)
+    injected = optax.inject_hyperparams(osc.onecycle_sgd)
+    with pytest.raises(TypeError, match=r"`total_steps`.*static_args"):
+        jax.jit(injected(peak_learning_rate=0.1, total_steps=10).init)(jnp.ones(3))
+
+
+def test_traced_values_are_never_refused():
+    """Even bad ones: nothing may raise under jit."""
+    value = jax.jit(
+        lambda peak, low: osc.onecycle_schedule(peak, 10, init_value=low)(3)
+    )(-1.0, 2.0)
+    assert value == -1.0

@@ -1,0 +1,101 @@
+"""The public names: which there are, how they are documented, what they import."""
+
+import ast
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import optax_superconv as osc
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "optax_superconv"
+
+# Imports point down this list; modules on one line do not know each other.
+LAYERS = [
+    {"__init__"},
+    {"plotting"},
+    {"_recipes"},
+    {"_momentum", "_range_test"},
+    {"_hyperparams"},
+    {"_schedules"},
+    {"_checks"},
+]
+FUNCTIONS = [
+    getattr(osc, name) for name in osc.__all__ if inspect.isfunction(getattr(osc, name))
+] + [getattr(osc.plotting, name) for name in osc.plotting.__all__]
+
+
+def imports_of(path):
+    """Every name that a module imports, ``from a import b`` as ``a.b``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_all_is_what_the_package_binds():
+    bound = {
+        name
+        for name, value in vars(osc).items()
+        if not name.startswith("_")
+        and (not inspect.ismodule(value) or value is osc.plotting)
+    }
+    assert set(osc.__all__) == bound
+    assert len(osc.__all__) == len(bound)
+
+
+def test_readme_names_every_public_name():
+    readme = (ROOT / "README.md").read_text()
+    table = re.search(r"## What is in it\n(.*?)\n## ", readme, flags=re.S)[1]
+    assert set(re.findall(r"`(\w+)`", table)) >= set(osc.__all__)
+
+
+def test_changelog_names_every_public_name():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    for name in osc.__all__:
+        assert f"`{name}" in changelog or name == "RangeTestResult"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_down(path):
+    level = next(k for k, layer in enumerate(LAYERS) if path.stem in layer)
+    below = set().union(*LAYERS[level + 1 :])
+    for name in imports_of(path):
+        parts = name.split(".")
+        assert "_src" not in parts
+        if parts[0] == "optax_superconv":
+            assert parts[1] in below, f"{path.stem} imports {parts[1]}"
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_docstrings_are_complete(function):
+    doc = inspect.getdoc(function)
+    parameters = inspect.signature(function).parameters
+    for section in ("Args:", "Returns:", "Examples:"):
+        assert section in doc
+    assert ">>> " in doc
+    for name in parameters:
+        assert re.search(rf"^  +{name}: ", doc, flags=re.M), f"{name} is undocumented"
+    if function.__module__ != "optax_superconv.plotting":
+        assert "References:" in doc or function is osc.read_hyperparams
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_at_most_three_arguments_are_positional(function):
+    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    positional = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
+    assert positional <= (4 if function is osc.cyclical_schedule else 3)
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "flax", "rich", "sklearn"])
+def test_importing_the_package_imports_no_extra(module):
+    code = f"import optax_superconv, sys; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    # The check itself can fail:
+    code = f"import {module}, sys; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 1
