@@ -23,8 +23,8 @@ from optax_superconv._schedules import (
 )
 
 
-def decay_matrices(params: optax.Params) -> Any:
-    """True for what is decayed by default: two dimensions or more, and no bias."""
+def _is_matrix(params: optax.Params) -> Any:
+    """True for leaves of two dimensions or more whose path does not end in `bias`."""
 
     def decayed(path: KeyPath, leaf: Any) -> bool:
         # Flax NNX shows an array as the `value` of its Variable at `init` only.
@@ -33,6 +33,17 @@ def decay_matrices(params: optax.Params) -> Any:
         return jnp.ndim(leaf) > 1 and keystr(path[-1:], simple=True) != "bias"
 
     return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def _decay(
+    weight_decay: optax.ScalarOrSchedule, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    # The default has a name because optax.inject_hyperparams takes a callable for a
+    # schedule (and would trace a default of 0 annihilation steps: hence its None).
+    if isinstance(mask, str):
+        _checks.choice("weight_decay_mask", mask, ("matrices",))
+        mask = _is_matrix
+    return add_decayed_weights(weight_decay, mask)
 
 
 def _onecycle_pair(
@@ -47,7 +58,7 @@ def _onecycle_pair(
     check_cycle(momenta, shape, _checks.DECAY_RULE, _checks.decay_rate)
     peak, init, end = rates.values()
     high, low = momenta.values()
-    durations |= {"shape": shape}
+    durations["shape"] = shape
     return (
         onecycle_schedule(
             peak, total_steps, init_value=init, end_value=end, **durations
@@ -65,13 +76,13 @@ def onecycle_sgd(
     warmup_steps: int | None = None,
     init_learning_rate: ArrayLike | None = None,
     end_learning_rate: ArrayLike = 0.0,
-    annihilation_steps: int = 0,
+    annihilation_steps: int | None = None,
     shape: Shape = "cosine",
     max_momentum: ArrayLike = 0.95,
     base_momentum: ArrayLike = 0.85,
     nesterov: bool = True,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    weight_decay_mask: Any = decay_matrices,
+    weight_decay_mask: Any = "matrices",
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD whose learning rate cycles up and down while its momentum does the reverse.
@@ -89,17 +100,17 @@ def onecycle_sgd(
       warmup_steps: Steps up to the peak; None is ``round(0.3 * total_steps)``.
       init_learning_rate: Rate at step 0; None is ``peak_learning_rate / 25``.
       end_learning_rate: Rate from step ``total_steps`` on.
-      annihilation_steps: Steps of the final fall from the initial rate.
+      annihilation_steps: Steps of the final fall from the initial rate; None is 0.
       shape: Of every phase; see :class:`Phase`.
       max_momentum: Momentum at the start and the end, in [0, 1).
       base_momentum: Momentum at the peak of the rate, in [0, 1).
       nesterov: Whether to use Nesterov momentum.
       weight_decay: Strength :math:`\lambda` at least 0, or a schedule.
-      weight_decay_mask: What is decayed, as in ``optax.add_decayed_weights``: a tree of
-        bools, a function of the parameters, or None for everything. By default a leaf
-        is decayed when it has two dimensions or more and the last key of its path is
-        not ``bias`` (Flax's attention biases have two dimensions). Norm scales that are
-        stacked over layers have two as well: they need a mask.
+      weight_decay_mask: What is decayed. ``"matrices"``: a leaf that has two dimensions
+        or more and whose path does not end in ``bias`` (Flax's attention biases have
+        two). Or as in ``optax.add_decayed_weights``: a tree of bools, a function of the
+        parameters, or None for everything. Norm scales that are stacked over layers
+        have two dimensions as well: they need a mask.
       accumulator_dtype: Of the momentum; see :func:`scheduled_trace`.
 
     Returns:
@@ -142,10 +153,10 @@ def onecycle_sgd(
         {"max_momentum": max_momentum, "base_momentum": base_momentum},
         shape,
         warmup_steps=warmup_steps,
-        annihilation_steps=annihilation_steps,
+        annihilation_steps=annihilation_steps or 0,
     )
     return optax.chain(
-        add_decayed_weights(weight_decay, weight_decay_mask),
+        _decay(weight_decay, weight_decay_mask),
         scheduled_trace(
             momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype
         ),
@@ -160,7 +171,7 @@ def onecycle_adamw(
     warmup_steps: int | None = None,
     init_learning_rate: ArrayLike | None = None,
     end_learning_rate: ArrayLike = 0.0,
-    annihilation_steps: int = 0,
+    annihilation_steps: int | None = None,
     shape: Shape = "cosine",
     max_b1: ArrayLike = 0.95,
     base_b1: ArrayLike = 0.85,
@@ -168,7 +179,7 @@ def onecycle_adamw(
     eps: ArrayLike = 1e-8,
     nesterov: bool = False,
     weight_decay: optax.ScalarOrSchedule = 1e-2,
-    weight_decay_mask: Any = decay_matrices,
+    weight_decay_mask: Any = "matrices",
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose learning rate cycles up and down while its b1 does the reverse.
@@ -187,7 +198,7 @@ def onecycle_adamw(
       warmup_steps: Steps up to the peak; None is ``round(0.3 * total_steps)``.
       init_learning_rate: Rate at step 0; None is ``peak_learning_rate / 25``.
       end_learning_rate: Rate from step ``total_steps`` on.
-      annihilation_steps: Steps of the final fall from the initial rate.
+      annihilation_steps: Steps of the final fall from the initial rate; None is 0.
       shape: Of every phase; see :class:`Phase`.
       max_b1: b1 at the start and the end, in [0, 1).
       base_b1: b1 at the peak of the rate, in [0, 1).
@@ -196,11 +207,11 @@ def onecycle_adamw(
       nesterov: Whether to use Nesterov momentum.
       weight_decay: Strength :math:`\lambda` at least 0, or a schedule. AdamC's, in
         proportion to the rate, is ``lambda t: 0.01 * rate(t) / peak``.
-      weight_decay_mask: What is decayed, as in ``optax.add_decayed_weights``: a tree of
-        bools, a function of the parameters, or None for everything. By default a leaf
-        is decayed when it has two dimensions or more and the last key of its path is
-        not ``bias`` (Flax's attention biases have two dimensions). Norm scales that are
-        stacked over layers have two as well: they need a mask.
+      weight_decay_mask: What is decayed. ``"matrices"``: a leaf that has two dimensions
+        or more and whose path does not end in ``bias`` (Flax's attention biases have
+        two). Or as in ``optax.add_decayed_weights``: a tree of bools, a function of the
+        parameters, or None for everything. Norm scales that are stacked over layers
+        have two dimensions as well: they need a mask.
       mu_dtype: Of the first moment; see :func:`scale_by_scheduled_adam`.
 
     Returns:
@@ -243,10 +254,10 @@ def onecycle_adamw(
         {"max_b1": max_b1, "base_b1": base_b1},
         shape,
         warmup_steps=warmup_steps,
-        annihilation_steps=annihilation_steps,
+        annihilation_steps=annihilation_steps or 0,
     )
     return optax.chain(
         scale_by_scheduled_adam(b1, b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov),
-        add_decayed_weights(weight_decay, weight_decay_mask),
+        _decay(weight_decay, weight_decay_mask),
         scale_by_learning_rate(learning_rate),
     )

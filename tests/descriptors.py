@@ -156,8 +156,6 @@ def growing_decay(count):
     return 0.01 * (1 + count / 2)
 
 
-_ONECYCLE_STATIC = ("total_steps", "warmup_steps", "shape", "weight_decay_mask")
-
 TRANSFORMS = [
     Transform(
         "scale_by_learning_rate",
@@ -217,7 +215,7 @@ TRANSFORMS = [
         (
             osc.onecycle_sgd,
             {"peak_learning_rate": 0.1, "total_steps": TOTAL},
-            _ONECYCLE_STATIC,
+            ("total_steps",),
         ),
     ),
     Transform(
@@ -233,7 +231,7 @@ TRANSFORMS = [
         (
             osc.onecycle_adamw,
             {"peak_learning_rate": 0.1, "total_steps": TOTAL},
-            _ONECYCLE_STATIC,
+            ("total_steps",),
         ),
     ),
 ]
