@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-newest lint types check bench clean
+.PHONY: demo test test-all test-oldest test-newest lint types check bench clean
 
 demo: .venv/examples.stamp
 	$(BIN)/python examples/01_super_convergence.py
@@ -26,6 +26,13 @@ check: lint types test
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
 
+# The oldest versions that pyproject.toml admits.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --editable '.[test]' \
+	    jax==0.8.0 jaxlib==0.8.0 optax==0.2.6 flax==0.12.0
+	.venv-oldest/bin/pytest
+
 # JAX's newest release needs a newer Python: make test-newest PYTHON=python3.13
 test-newest:
 	$(PYTHON) -m venv .venv-newest
@@ -44,4 +51,4 @@ test-newest:
 	touch $@ .venv/examples.stamp
 
 clean:
-	rm -rf .venv .venv-newest out build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest out build dist *.egg-info

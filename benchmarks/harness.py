@@ -7,13 +7,13 @@ import os
 import pathlib
 import platform
 import random
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -78,18 +78,23 @@ def interleave(
     return seconds
 
 
-def ratio(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """Median over rounds of the ratio within the round, and its quartiles."""
-    ratios = [a / b for a, b in zip(seconds, base, strict=True)]
-    if len(ratios) == 1:
-        return {"median": ratios[0], "low": ratios[0], "high": ratios[0]}
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {"median": median, "low": low, "high": high}
+def ratios(
+    seconds: Mapping[str, Sequence[float]], base: str
+) -> dict[str, tuple[float, float, float]]:
+    """Each arm over the base arm: quartiles of the ratio within a round."""
+
+    def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+        pairs = zip(values, seconds[base], strict=True)
+        low, median, high = np.percentile([a / b for a, b in pairs], [25, 50, 75])
+        return round(low, 4), round(median, 4), round(high, 4)
+
+    return {name: quartiles(values) for name, values in seconds.items()}
 
 
-def show(ratio: Mapping[str, float]) -> str:
+def show(quartiles: tuple[float, float, float]) -> str:
     """A ratio with its quartiles."""
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    low, median, high = quartiles
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def report(
@@ -100,7 +105,7 @@ def report(
     out: pathlib.Path,
 ) -> None:
     """Prints the rows as a table, and stores them with evidence and environment."""
-    console = Console(width=110)
+    console = Console(width=120)
     where = environment()
     table = Table(title=title, caption=", ".join(f"{k} {v}" for k, v in where.items()))
     for column in rows[0]:

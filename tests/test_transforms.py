@@ -286,3 +286,13 @@ def test_constant_and_schedule_share_one_structure():
         constant = make(**name) if name else make(0.5)
         scheduled = make(weight_decay=lambda t: 0.5) if name else make(lambda t: 0.5)
         assert types(constant.init(params)) == types(scheduled.init(params))
+
+
+def test_onecycle_adamw_keeps_at_most_four_kibibytes_more_than_adamw():
+    params = {f"leaf_{k}": jnp.zeros((4, 4)) for k in range(576)}
+
+    def size(tx):
+        leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    assert size(osc.onecycle_adamw(0.1, 10)) <= size(optax.adamw(0.1)) + 4096

@@ -1,0 +1,41 @@
+"""What the README claims, measured anew: minutes, on an otherwise idle machine."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_schedules import SHAPES, check_onecycle
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def test_the_demo_takes_at_most_three_minutes(tmp_path):
+    begin = time.perf_counter()
+    script = ROOT / "examples" / "01_super_convergence.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path], check=True)
+    assert time.perf_counter() - begin < 180
+
+
+def test_the_dials_cost_at_most_a_tenth_and_the_range_test_a_twentieth(tmp_path):
+    script = ROOT / "benchmarks" / "overhead.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path], check=True)
+    step = json.loads((tmp_path / "overhead_step.json").read_text())["evidence"]
+    # The lower quartile: noise alone moves the median of a ratio by some per cent.
+    assert step["ratios"]["onecycle_adamw"][0] <= 1.10
+    assert step["extra_bytes"]["onecycle_adamw"] <= 4096
+    test = json.loads((tmp_path / "overhead_range_test.json").read_text())["evidence"]
+    assert test["ratios"]["range_test"][0] <= 1.05
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_onecycle_with_every_warmup_of_a_hundred_steps(shape):
+    for warmup in range(100):
+        for annihilation in (0, 1, 50, 100 - warmup):
+            if warmup + annihilation <= 100:
+                check_onecycle(100, warmup, annihilation, shape, np.arange(103))
