@@ -214,7 +214,7 @@ def main() -> None:
     ]
     harness.report(
         "overhead_range_test",
-        f"Range test against the same {num_steps} jitted steps run bare: {rounds} rounds",
+        f"Range test against the same {num_steps} steps run bare, {rounds} rounds",
         rows,
         {"ratios": ratios, "seconds": seconds},
         args.out,

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from test_schedules import SHAPES, check_onecycle
 
-
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
