@@ -5,6 +5,8 @@ traced value is data, and nothing may raise under ``jit``. Every message names t
 argument, the rule and the value.
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -78,6 +80,20 @@ def number(
         good = good & holds(array)
     require(np.all(good), name, rule, value)
     return array
+
+
+def scalar(
+    name: str,
+    value: Any,
+    rule: str = "finite",
+    holds: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> float:
+    """Returns a concrete number as a float."""
+    array = number(name, value, rule, holds)
+    if array is None or array.ndim:
+        kind = "a traced value" if array is None else f"an array {value}"
+        raise TypeError(f"`{name}` must be a single concrete number, got {kind}.")
+    return float(array)
 
 
 def number_or_schedule(

@@ -5,6 +5,8 @@ applies a hyperparameter records it in its own state, in float32 whatever the dt
 the parameters, and one call finds all records in any optimizer state.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -38,12 +40,19 @@ def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
 def wide_dtype(leaf: ArrayLike) -> np.dtype:
     """The leaf's dtype, and at least float32."""
     dtype = jnp.asarray(leaf).dtype
-    return np.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+    wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return dtype if wide else np.dtype(jnp.float32)
 
 
 def widen(leaf: ArrayLike) -> jax.Array:
     """The leaf in 32 bits or more, so that float32 hyperparameters keep their value."""
     return jnp.asarray(leaf).astype(wide_dtype(leaf))
+
+
+def narrow(wide: jax.Array, leaf: ArrayLike) -> jax.Array:
+    """A result in the dtype of the leaf that it came from, if that is a float."""
+    dtype = jnp.asarray(leaf).dtype
+    return wide.astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else wide
 
 
 def times(value: jax.Array, wide: jax.Array) -> jax.Array:
@@ -125,9 +134,7 @@ def scale_by_learning_rate(
     ) -> optax.Updates:
         del params
         factor = -rate if flip_sign else rate
-        return jax.tree.map(
-            lambda g: times(factor, widen(g)).astype(jnp.asarray(g).dtype), updates
-        )
+        return jax.tree.map(lambda g: narrow(times(factor, widen(g)), g), updates)
 
     return scheduled_transform("learning_rate", learning_rate, apply)
 
@@ -151,8 +158,7 @@ def add_decayed_weights(
             )
 
         def decayed(g: ArrayLike, p: ArrayLike) -> jax.Array:
-            wide = widen(g)
-            return (wide + times(decay, widen(p))).astype(jnp.asarray(g).dtype)
+            return narrow(widen(g) + times(decay, widen(p)), g)
 
         return jax.tree.map(decayed, updates, params)
 
@@ -188,13 +194,15 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
 
     Args:
       opt_state: An optimizer state, or any pytree that holds one: an
-        ``nnx.Optimizer`` or its ``opt_state``, a Linen ``TrainState``.
+        ``nnx.Optimizer`` or its ``opt_state``, a Linen ``TrainState``. (Not
+        ``nnx.state(optimizer)``, which keeps no trace of the transformations.)
 
     Returns:
       Name to value, 0-dimensional float32 arrays: ``learning_rate``, ``momentum`` or
       ``b1``, ``weight_decay``, and whatever ``inject_hyperparams`` holds, in its dtype.
-      Inside ``partition`` the names are ``name/<label>``. A name that occurs again is
-      numbered, ``name_2``, ``name_3``. Before the first update the values are those of
+      Inside ``partition`` the names are ``name/<label>``. A name that occurs again, as
+      where ``inject_hyperparams`` wraps one of our recipes, is numbered: ``name_2``,
+      ``name_3``. Before the first update the values are those of
       step 0. A state without any of this gives ``{}``.
 
     Examples:

@@ -15,6 +15,8 @@ Accumulators of bfloat16 or float16 parameters are float32 unless a dtype is giv
 bfloat16 a mean with :math:`\beta = 0.999` stops moving at a quarter of its goal.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,7 @@ from jax.typing import ArrayLike
 from optax_superconv import _checks
 from optax_superconv._hyperparams import (
     AppliedHyperparams,
+    narrow,
     times,
     value_at,
     wide_dtype,
@@ -56,10 +59,6 @@ def _zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
         return jnp.zeros_like(leaf, dtype=dtype or wide_dtype(leaf))
 
     return jax.tree.map(zeros, params)
-
-
-def _cast_like(tree: Any, like: Any) -> Any:
-    return jax.tree.map(lambda x, y: x.astype(jnp.asarray(y).dtype), tree, like)
 
 
 def scheduled_trace(
@@ -130,9 +129,9 @@ def scheduled_trace(
 
         trace = jax.tree.map(accumulate, updates, state.trace)
         looked = jax.tree.map(accumulate, updates, trace) if nesterov else trace
-        return _cast_like(looked, updates), ScheduledTraceState(
+        return jax.tree.map(narrow, looked, updates), ScheduledTraceState(
             optax.safe_increment(state.count),
-            _cast_like(trace, state.trace),
+            jax.tree.map(narrow, trace, state.trace),
             AppliedHyperparams({"momentum": momentum}),
         )
 
@@ -170,7 +169,8 @@ def scale_by_scheduled_adam(
       b1: Decay of the first moment in [0, 1), or a schedule ``count -> b1``.
       b2: Decay of the second moment in [0, 1), or a schedule.
       eps: Added to the root of the second moment, at least 0.
-      mu_dtype: Of the first moment; None is the parameters', but at least float32.
+      mu_dtype: Of the first moment; None is the parameters', but at least float32. In
+        bfloat16 the moment itself is rounded, by up to some per cent.
       nesterov: Whether to use Nesterov momentum, with b1 of the next step.
 
     Returns:
@@ -249,14 +249,12 @@ def scale_by_scheduled_adam(
             if g_scale is not None:
                 numerator = numerator + times(g_scale, widen(g))
             root = jnp.sqrt(times(1 / nu_weight, v)) + jnp.asarray(eps, v.dtype)
-            return (numerator / root.astype(numerator.dtype)).astype(
-                jnp.asarray(g).dtype
-            )
+            return narrow(numerator / root.astype(numerator.dtype), g)
 
         return jax.tree.map(rescale, updates, mu, nu), ScaleByScheduledAdamState(
             count,
-            _cast_like(mu, state.mu),
-            _cast_like(nu, state.nu),
+            jax.tree.map(narrow, mu, state.mu),
+            jax.tree.map(narrow, nu, state.nu),
             mu_weight,
             nu_weight,
             AppliedHyperparams({"b1": beta1}),

@@ -4,6 +4,8 @@ The other modules, chained: rate and momentum cycle together, in one call and in
 state that can be read back.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -58,6 +60,8 @@ def _onecycle_pair(
     check_cycle(momenta, shape, _checks.DECAY_RULE, _checks.decay_rate)
     peak, init, end = rates.values()
     high, low = momenta.values()
+    if durations["annihilation_steps"] and init is not None:
+        check_cycle({k: v for k, v in rates.items() if k[:4] != "peak"}, shape)
     durations["shape"] = shape
     return (
         onecycle_schedule(

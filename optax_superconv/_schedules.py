@@ -13,6 +13,8 @@ Falling phases are computed in what remains and rising ones in what has elapsed,
 that the small end of each keeps its relative precision in float32.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, cast
@@ -70,7 +72,9 @@ def _check_shape(name: str, shape: Any) -> None:
         _checks.choice(name, shape, (*_FALLS, "exponential"))
         return
     with jax.ensure_compile_time_eval():
-        ends = np.asarray(shape(jnp.asarray([1.0, 0.0])))
+        ends = shape(jnp.asarray([1.0, 0.0]))
+    if isinstance(ends, jax.core.Tracer):
+        return
     _checks.require(
         np.shape(ends) == (2,) and np.allclose(ends, [1.0, 0.0], atol=1e-6),
         name,
@@ -114,6 +118,8 @@ def _float_dtype(*values: ArrayLike) -> np.dtype:
 
 def _as_count(count: ArrayLike, dtype: np.dtype) -> jax.Array:
     """A count in int32 or wider, or in ``dtype`` when it is not whole."""
+    if not isinstance(count, jax.Array):  # JAX would wrap what int32 does not hold.
+        count = np.clip(count, -_checks.MAX_STEPS, _checks.MAX_STEPS)
     count = jnp.asarray(count)
     if not jnp.issubdtype(count.dtype, jnp.integer):
         return count.astype(dtype)
@@ -303,7 +309,8 @@ def onecycle_schedule(
     Differs from the known implementations:
 
     1. The run is steps 0 to T - 1 and ``end_value`` belongs to step T, so that every
-       step trains; PyTorch reaches its end at T - 1 and a negative rate beyond.
+       step trains, and holds beyond; PyTorch reaches its end at T - 1, and beyond it a
+       rate that is negative (linear) or rises again (cosine).
     2. Durations are whole steps, so the peak is always reached, once, for every T.
     3. ``end_value`` is a value, not a divisor of the peak or of the initial value.
 
@@ -315,8 +322,9 @@ def onecycle_schedule(
       init_value: Rate at step 0 (unless ``warmup_steps`` is 0), at least 0 and at most
         the peak; None is ``peak_value / 25``.
       end_value: Rate from step ``total_steps`` on, at least 0 and at most the peak.
-      annihilation_steps: Steps of the final fall from the initial value, at least 0.
-        Where warm-up and annihilation fill the run, it falls from the peak.
+      annihilation_steps: Steps of the final fall from the initial value, at least 0;
+        with it ``end_value`` is at most ``init_value``. Where warm-up and annihilation
+        fill the run, it falls from the peak.
       shape: Of every phase; see :class:`Phase`.
 
     Returns:
@@ -348,6 +356,8 @@ def onecycle_schedule(
         "end_value": end_value,
     }
     check_cycle(values, shape)
+    if annihilation_steps:
+        check_cycle({"init_value": init_value, "end_value": end_value}, shape)
     return _onecycle(
         total_steps,
         warmup_steps,
@@ -482,17 +492,22 @@ def cyclical_schedule(
         base, peak = jnp.asarray(base_value, dtype), jnp.asarray(peak_value, dtype)
         count = jnp.maximum(_as_count(count, dtype), 0)
         step = count % (up + down)
-        rising = (step / up).astype(dtype)
-        falling = ((up + down - step) / down).astype(dtype)
-        fraction = jnp.where(step <= up, rising, falling)
+        is_up = step <= up
+        to_peak = jnp.where(is_up, up - step, step - up) / jnp.where(is_up, up, down)
+        to_base = jnp.where(is_up, step, up + down - step) / jnp.where(is_up, up, down)
+        to_peak, to_base = to_peak.astype(dtype), to_base.astype(dtype)
+        scale = jnp.ones([], dtype)
         if mode == "triangular2":
-            fraction *= jnp.exp2(-(count // (up + down)).astype(dtype))
+            scale = jnp.exp2(-(count // (up + down)).astype(dtype))
         elif mode == "exp_range":
             # The logarithm of gamma in float64: it is multiplied by the count.
             log_gamma = (
                 jnp.log(gamma) if concrete_gamma is None else np.log(concrete_gamma)
             )
-            fraction *= jnp.exp(jnp.asarray(log_gamma, dtype) * count.astype(dtype))
-        return jnp.where(fraction == 1, peak, base + (peak - base) * fraction)
+            scale = jnp.exp(jnp.asarray(log_gamma, dtype) * count.astype(dtype))
+        # From the smaller end, which so keeps its relative precision.
+        from_base = base + (peak - base) * to_base * scale
+        from_peak = peak + (base - peak) * (to_peak + to_base * (1 - scale))
+        return jnp.where(base < peak, from_base, from_peak)
 
     return schedule

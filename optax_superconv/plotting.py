@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
+import jax
 import numpy as np
 import optax
 
@@ -35,7 +36,7 @@ def _axes(ax: Axes | None) -> Axes:
             "optax_superconv.plotting needs matplotlib: pip install "
             "'optax-superconv[plot]'."
         ) from error
-    return pyplot.subplots()[1] if ax is None else ax
+    return pyplot.subplots(layout="constrained")[1] if ax is None else ax
 
 
 def plot_schedule(
@@ -91,8 +92,7 @@ def plot_schedule(
         axes = first if k == 0 else first.twinx()
         if k > 1:
             axes.spines["right"].set_position(("axes", 1 + 0.15 * (k - 1)))
-        # Optax's own schedules do not all broadcast, so call them step by step.
-        values = np.asarray([np.asarray(schedule(step)) for step in steps])
+        values = jax.vmap(schedule)(steps)  # Optax's own do not all broadcast.
         color = f"C{k}"
         axes.plot(steps, values, color=color)
         axes.set_ylabel(name, color=color)

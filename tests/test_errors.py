@@ -199,9 +199,37 @@ BAD_VALUES = [
     (lambda: run(patience=0), "patience", "at least 1", "0"),
     (
         lambda: run(step_fn=lambda s, r, b: (s, jnp.ones(3))),
-        "step_fn's loss",
-        "a scalar",
+        "step_fn",
+        "a real scalar",
         "(3,)",
+    ),
+    (lambda: run(min_value=1e-60), "min_value", "above 0", "1e-60"),
+    (lambda: run(max_value=1e39), "max_value", "finite in float32", "1e+39"),
+    (
+        lambda: osc.onecycle_schedule(
+            1.0, 10, init_value=0.1, end_value=0.5, annihilation_steps=3
+        ),
+        "end_value",
+        "at most `init_value` (0.1)",
+        "0.5",
+    ),
+    (
+        lambda: osc.onecycle_sgd(
+            1.0,
+            10,
+            init_learning_rate=0.1,
+            end_learning_rate=0.5,
+            annihilation_steps=3,
+        ),
+        "end_learning_rate",
+        "at most `init_learning_rate` (0.1)",
+        "0.5",
+    ),
+    (
+        lambda: osc.onecycle_sgd(0.1, 10, weight_decay_mask="kernels"),
+        "weight_decay_mask",
+        "one of 'matrices'",
+        "'kernels'",
     ),
     (
         lambda: osc.range_test(STEP, 0, []),
@@ -261,6 +289,10 @@ BAD_TYPES = [
     (lambda: osc.onecycle_adamw(0.1, 10, weight_decay="x"), "weight_decay", "str"),
     (lambda: run(step_fn=3), "step_fn", "int"),
     (lambda: run(step_fn=lambda s, r, b: s), "step_fn", "int"),
+    (lambda: run(step_fn=lambda s, r, b: (s, {"loss": 1.0})), "step_fn", "dict"),
+    (lambda: run(step_fn=lambda s, r, b: (s, None)), "step_fn", "NoneType"),
+    (lambda: run(step_fn=lambda s, r, b: (s, (1.0, {}))), "step_fn", "tuple"),
+    (lambda: run(smoothing=np.ones(2) / 2), "smoothing", "array"),
     (lambda: run(num_steps=10.0), "num_steps", "float"),
     (lambda: osc.range_test(STEP, 0, {"x": 1}), "batches", "dict"),
     (lambda: osc.range_test(STEP, 0, 3), "batches", "int"),

@@ -193,3 +193,10 @@ def test_rate_stays_float32_for_bfloat16_updates():
     update, state = tx.update(params, tx.init(params))
     assert update.dtype == jnp.bfloat16
     assert osc.read_hyperparams(state)["learning_rate"] == np.float32(0.3)
+
+
+def test_whole_number_updates_become_floats_as_in_optax():
+    updates = jnp.array([1, 2])
+    tx = osc.scale_by_learning_rate(0.1)
+    scaled, _ = tx.update(updates, tx.init(updates))
+    np.testing.assert_allclose(scaled, [-0.1, -0.2], rtol=1e-6)

@@ -51,6 +51,11 @@ def test_each_schedule_of_a_mapping_has_its_own_axis():
         {name: osc.onecycle_schedule(1.0, 10) for name in names}, 10
     ).figure.axes
     assert [ax.get_ylabel() for ax in axes] == list(names)
+    figure = axes[0].figure
+    figure.canvas.draw()
+    for ax in axes:  # Labels and ticks lie inside the figure.
+        box = ax.get_tightbbox().transformed(figure.transFigure.inverted())
+        assert box.x1 <= 1.001
 
 
 def test_marks_the_suggestion_and_keeps_an_explosion_out_of_view():

@@ -223,3 +223,24 @@ def test_default_warmup_and_initial_value():
     schedule = osc.onecycle_schedule(1.0, 100)
     assert schedule(30) == 1.0
     np.testing.assert_allclose(schedule(0), 1 / 25)
+
+
+def test_small_peak_of_a_cycle_keeps_its_relative_precision():
+    schedule = osc.cyclical_schedule(1.0, 0.0, 100_000)
+    counts = np.arange(99_000, 100_000)
+    np.testing.assert_allclose(schedule(counts), 1 - counts / 100_000, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2**31, np.int64(2**40), np.array([2**33])])
+def test_a_count_that_int32_does_not_hold_is_past_the_end(count):
+    assert osc.onecycle_schedule(1.0, 10, end_value=0.1)(count) == np.float32(0.1)
+
+
+def test_a_shape_may_close_over_a_traced_value():
+    def value(power):
+        return osc.onecycle_schedule(1.0, 10, warmup_steps=0, shape=lambda r: r**power)(
+            5
+        )
+
+    np.testing.assert_allclose(jax.jit(value)(3.0), 0.5**3, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(value)(3.0), np.log(0.5) / 8, rtol=1e-5)

@@ -1,6 +1,8 @@
 """Other libraries' schedules are special cases: docs/schedules.md gives these calls."""
 
 import math
+import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -278,3 +280,43 @@ def test_airbench_triangle():
     )
     expected = np.interp(np.arange(101), [0, 23, 100], [0.2, 1.0, 0.07])
     np.testing.assert_allclose(values(schedule, np.arange(101)), expected, atol=1e-6)
+
+
+# --- the table of docs/schedules.md, as it stands there -------------------------------
+
+T, m, p, b, u, W, S, r = 100, 0.2, 0.3, 0.01, 7, 29, 50, 0.05
+DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "schedules.md"
+ROWS = re.findall(r"^\| (.*) \| `(.*)` \|$", DOCUMENT.read_text(), flags=re.M)
+TORCH = {"pct_start": p, "anneal": reference.cosine}
+THERE = [  # In the order of the rows: count -> value, and how far it is defined.
+    (lambda t: reference.torch_onecycle(t, m, T, **TORCH), T),
+    (lambda t: reference.torch_onecycle(t, m, T, p, reference.linear), T),
+    (lambda t: reference.torch_cyclical_momentum(t, T, p), T),
+    (lambda t: reference.torch_onecycle(t, m, T, **TORCH, three_phase=True), T),
+    (lambda t: reference.cyclical(t, b, m, u, u, "exp_range", 0.99), 5 * T),
+    (lambda t: reference.cyclical(t, 0.9, 0.8, u, u, "exp_range", 0.99), 5 * T),
+    (optax.cosine_onecycle_schedule(T, m, p), 2 * T),
+    (optax.linear_onecycle_schedule(T, m, p, 0.85), 2 * T),
+    (lambda t: reference.combined_cos(t / T, p, m / 25, m, m / 1e5), T),
+    (lambda t: reference.combined_cos(t / T, p, 0.95, 0.85, 0.95), T),
+    (lambda t: reference.combined_cos(t / T, p, m, m, m / 1e5), T),
+    (lambda t: reference.slanted_triangular(t, T, p, 32, m), T),
+    (lambda t: reference.sgdr(t, m, b, 10, 2), 70),
+    (lambda t: reference.swa_schedule(t, S, m, r), 2 * S),
+    (lambda t: m * min(t / W, (T - t) / (T - W)), T),
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "there"), [*zip(ROWS, THERE, strict=True)], ids=[row[0] for row in ROWS]
+)
+def test_each_row_of_the_document(row, there):
+    names = {name: getattr(osc, name) for name in osc.__all__}
+    dials = {"T": T, "m": m, "p": p, "b": b, "u": u, "W": W, "S": S, "r": r}
+    schedule = eval(row[1], names | dials)
+    expected, length = there
+    np.testing.assert_allclose(
+        values(schedule, np.arange(length)),
+        [expected(t) for t in range(length)],
+        atol=1e-6,
+    )
