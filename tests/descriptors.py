@@ -186,14 +186,23 @@ TRANSFORMS = [
             f"scale_by_scheduled_adam-{nesterov}",
             lambda value, nesterov=nesterov: optax.chain(
                 osc.scale_by_scheduled_adam(
-                    lambda t: value * moving(t), 0.98, eps=1e-3, nesterov=nesterov
+                    lambda t: value * moving(t),
+                    lambda t: 1 - 0.1 * moving(t),
+                    eps=1e-3,
+                    nesterov=nesterov,
                 ),
                 optax.scale(-0.1),
             ),
             1.0,
             ("b1",),
             lambda p, g, nesterov=nesterov: reference.adamw(
-                p, g, _constant(0.1), moving, _constant(0.98), 1e-3, nesterov=nesterov
+                p,
+                g,
+                _constant(0.1),
+                moving,
+                lambda t: 1 - 0.1 * moving(t),
+                1e-3,
+                nesterov=nesterov,
             ),
             (osc.scale_by_scheduled_adam, {"b1": 0.9}, ()),
         )

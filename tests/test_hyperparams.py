@@ -112,6 +112,18 @@ def test_what_inject_hyperparams_wraps_is_read_too():
     np.testing.assert_allclose(read["learning_rate"], 0.1 / 25, rtol=1e-6)
 
 
+def test_inject_hyperparams_inside_partition_is_labelled():
+    injected = optax.inject_hyperparams(osc.scale_by_learning_rate)(learning_rate=0.3)
+    tx = optax.partition({"on": injected}, {"a": "on", "b": "on"})
+    assert_reads(tx.init(PARAMS), {"learning_rate/on": 0.3, "learning_rate/on_2": 0.3})
+
+
+def test_the_older_state_of_inject_hyperparams_is_read_too():
+    inner = osc.scale_by_learning_rate(0.3).init(PARAMS)
+    state = optax.InjectHyperparamsState(jnp.zeros([]), {"b1": jnp.float32(0.9)}, inner)
+    assert_reads(state, {"b1": 0.9, "learning_rate": 0.3})
+
+
 @pytest.mark.parametrize(
     "state",
     [(), {}, None, optax.EmptyState(), optax.adam(0.1).init(PARAMS), {"x": 1.0}],
@@ -193,6 +205,23 @@ def test_rate_stays_float32_for_bfloat16_updates():
     update, state = tx.update(params, tx.init(params))
     assert update.dtype == jnp.bfloat16
     assert osc.read_hyperparams(state)["learning_rate"] == np.float32(0.3)
+
+
+def test_half_precision_is_rounded_once():
+    """In float32 and then to bfloat16, not with a rate rounded to bfloat16 first."""
+    rng = np.random.default_rng(0)
+    params, g = (jnp.asarray(rng.normal(size=(64, 4)), jnp.bfloat16) for _ in range(2))
+    wide_params, wide = params.astype(jnp.float32), g.astype(jnp.float32)
+    tx = osc.scale_by_learning_rate(0.0123)
+    update, _ = tx.update(g, tx.init(params))
+    expected = (-np.float32(0.0123) * wide).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(update, expected)
+    tx = osc.onecycle_sgd(
+        1.0, 1, max_momentum=0.0, base_momentum=0.0, weight_decay=0.0123
+    )
+    update, _ = tx.update(g, tx.init(params), params)
+    expected = -(wide + np.float32(0.0123) * wide_params).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(update, expected)
 
 
 def test_whole_number_updates_become_floats_as_in_optax():

@@ -180,6 +180,16 @@ def test_the_state_survives_a_step_that_donates_it():
     np.testing.assert_array_equal(state["n"], np.ones(2))
 
 
+def test_the_state_survives_a_step_that_writes_into_numpy():
+    def step_fn(state, learning_rate, batch):
+        state += 1
+        return state, jnp.float32(1.0)
+
+    state = np.zeros(2)
+    osc.range_test(step_fn, state, [None], num_steps=5)
+    np.testing.assert_array_equal(state, 0)
+
+
 def test_random_keys_and_static_leaves_may_be_in_the_state():
     def step_fn(state, learning_rate, batch):
         key, name = state

@@ -199,6 +199,21 @@ def test_tail_keeps_its_relative_precision(shape):
     np.testing.assert_allclose(schedule(jnp.asarray(counts)), exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_head_keeps_its_relative_precision(shape):
+    total = 10**6
+    counts = np.arange(1, 300)
+
+    def values():
+        return osc.onecycle_schedule(
+            1.0, total, init_value=1e-9, end_value=1e-9, shape=shape
+        )(jnp.asarray(counts))
+
+    with jax.enable_x64(True):
+        exact = values()
+    np.testing.assert_allclose(values(), exact, rtol=1e-5)
+
+
 def test_rate_moves_in_single_ulps_above_2_to_the_24():
     total = 10**8
     schedule = jax.jit(osc.onecycle_schedule(1.0, total, shape="linear"))
@@ -219,10 +234,41 @@ def test_momentum_is_the_mirror_image_of_the_rate(total, shape):
     np.testing.assert_allclose(momenta, 0.95 - 0.1 * rates, rtol=1e-6)
 
 
-def test_default_warmup_and_initial_value():
-    schedule = osc.onecycle_schedule(1.0, 100)
-    assert schedule(30) == 1.0
+@pytest.mark.parametrize(("total", "warmup"), [(6, 2), (100, 30), (10**8, 3 * 10**7)])
+def test_default_warmup_and_initial_value(total, warmup):
+    schedule = osc.onecycle_schedule(1.0, total)
+    assert schedule(warmup) == 1.0
     np.testing.assert_allclose(schedule(0), 1 / 25)
+
+
+def test_a_cycle_may_start_or_end_at_its_peak():
+    schedule = osc.onecycle_schedule(1.0, 10, init_value=1.0, end_value=1.0)
+    np.testing.assert_array_equal(schedule(jnp.arange(12)), 1.0)
+
+
+def test_mixed_dtypes_under_strict_promotion(strict):
+    schedule = osc.onecycle_schedule(
+        jnp.bfloat16(0.5), 1000, init_value=jnp.float32(0.1), end_value=np.float16(0.1)
+    )
+    assert schedule(jnp.int8(100)).dtype == jnp.float32
+
+
+def test_a_small_integer_count_meets_a_large_total():
+    schedule = osc.onecycle_schedule(1.0, 1000, shape="linear")
+    assert schedule(jnp.int8(100)) == schedule(100)
+    assert osc.cyclical_schedule(0.0, 1.0, 1000)(jnp.uint8(200)) == np.float32(0.2)
+
+
+def test_without_phases_it_is_constant():
+    np.testing.assert_array_equal(osc.phase_schedule(0.5, [])(jnp.arange(3)), [0.5] * 3)
+
+
+@pytest.mark.parametrize("peak", [0.1, 0.3, 1 / 3, 0.7])
+def test_a_cycle_hits_its_ends_exactly(peak):
+    for base in (0.0, 0.05, 0.9):
+        schedule = osc.cyclical_schedule(base, peak, 7)
+        assert schedule(0) == schedule(14) == schedule(-3) == np.float32(base)
+        assert schedule(7) == schedule(21) == np.float32(peak)
 
 
 def test_small_peak_of_a_cycle_keeps_its_relative_precision():

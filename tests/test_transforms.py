@@ -296,3 +296,65 @@ def test_onecycle_adamw_keeps_at_most_four_kibibytes_more_than_adamw():
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     assert size(osc.onecycle_adamw(0.1, 10)) <= size(optax.adamw(0.1)) + 4096
+
+
+@every
+def test_the_count_saturates_and_the_dials_stay_at_their_end(case):
+    tx, params, grads = case.make(case.value), make_params(), make_grads(2)
+    last = jnp.int32(np.iinfo(np.int32).max)
+    state = jax.tree.map(
+        lambda leaf: last if leaf.dtype == jnp.int32 else leaf, tx.init(params)
+    )
+    for t in range(2):
+        updates, state = tx.update(at(grads, t), state, params)
+        chex.assert_tree_all_finite(updates)
+    counts = [x for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
+    assert counts
+    assert all(count == last for count in counts)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_recipes_pass_every_option_on(nesterov):
+    rates = {
+        "warmup_steps": 3,
+        "annihilation_steps": 5,
+        "shape": "linear",
+    }
+    rate = osc.onecycle_schedule(0.1, TOTAL, init_value=0.05, end_value=0.01, **rates)
+    momentum = osc.onecycle_momentum_schedule(
+        TOTAL, max_momentum=0.9, base_momentum=0.7, **rates
+    )
+    recipe = {
+        "init_learning_rate": 0.05,
+        "end_learning_rate": 0.01,
+        "nesterov": nesterov,
+    }
+    decay = {"weight_decay": 0.3, "weight_decay_mask": {"kernel": False, "bias": True}}
+    decayed = optax.add_decayed_weights(0.3, mask=decay["weight_decay_mask"])
+    sgd = osc.onecycle_sgd(
+        0.1, TOTAL, max_momentum=0.9, base_momentum=0.7,
+        accumulator_dtype=jnp.bfloat16, **recipe, **rates, **decay,
+    )  # fmt: skip
+    sgd_chain = optax.chain(
+        decayed,
+        osc.scheduled_trace(
+            momentum, nesterov=nesterov, accumulator_dtype=jnp.bfloat16
+        ),
+        optax.scale_by_learning_rate(rate),
+    )
+    adamw = osc.onecycle_adamw(
+        0.1, TOTAL, max_b1=0.9, base_b1=0.7, b2=0.9, eps=0.1,
+        mu_dtype=jnp.bfloat16, **recipe, **rates, **decay,
+    )  # fmt: skip
+    adamw_chain = optax.chain(
+        osc.scale_by_scheduled_adam(
+            momentum, 0.9, eps=0.1, mu_dtype=jnp.bfloat16, nesterov=nesterov
+        ),
+        decayed,
+        optax.scale_by_learning_rate(rate),
+    )
+    params, grads = make_params(), make_grads(STEPS)
+    for ready, chain in ((sgd, sgd_chain), (adamw, adamw_chain)):
+        ours, _ = scan_train(ready, params, grads)
+        theirs, _ = scan_train(chain, params, grads)
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
