@@ -51,6 +51,7 @@ def test_each_schedule_of_a_mapping_has_its_own_axis():
         {name: osc.onecycle_schedule(1.0, 10) for name in names}, 10
     ).figure.axes
     assert [ax.get_ylabel() for ax in axes] == list(names)
+    assert axes[2].spines["right"].get_position() == ("axes", 1.15)
     figure = axes[0].figure
     figure.canvas.draw()
     for ax in axes:  # Labels and ticks lie inside the figure.

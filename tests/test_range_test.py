@@ -476,6 +476,28 @@ def test_divergence_is_seen_in_a_curve_that_settles_again():
     assert 0.1 < edge < 2
 
 
+def test_a_fall_of_four_times_the_noise_is_found():
+    """In at least 190 of 200 curves."""
+    x, found = np.log10(RATES), 0
+    for seed in range(200):
+        noise = 0.45 * np.random.default_rng(seed).normal(size=100)
+        try:
+            osc.suggest_learning_rate(as_result(falling(x) + noise))
+            found += 1
+        except ValueError:
+            pass
+    assert found >= 190
+
+
+def test_the_steepest_fall_is_sought_before_the_minimum():
+    """Not where an exploded loss collapses again."""
+    x = np.log10(RATES)
+    losses = np.where(x > 0, 30.0, falling(x))
+    losses[x > 0.5] = 0.9
+    steepest = osc.suggest_learning_rate(as_result(losses), method="steepest")
+    assert abs(np.log10(steepest) + 2.5) < 0.25
+
+
 def test_divergence_needs_divergence():
     with pytest.raises(ValueError, match="max_value"):
         osc.suggest_learning_rate(
