@@ -352,7 +352,7 @@ def suggest_learning_rate(
 
     * ``"valley"``: where the loss has fallen half of the way, from its highest point
       before the minimum down to the minimum. The steadiest under noise, and by far the
-      most cautious: for one-cycle SGD on digits it lies 25 to 40 times below the rate
+      most cautious: for one-cycle SGD on digits it lies 26 to 41 times below the rate
       of the lowest loss, which is Smith's reading of the curve and does best there.
     * ``"steepest"``: where the loss falls fastest per decade of the rate.
     * ``"minimum"``: a tenth of the rate at which the loss is lowest, so Smith's reading

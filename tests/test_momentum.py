@@ -134,6 +134,8 @@ def test_decays_matrices_and_no_biases(make):
     model = Attention(nnx.Rngs(0))
     pure = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert decayed(pure, make) == expected
+    boxed = decayed(nnx.state(model, nnx.Param), make)
+    assert {path.removesuffix("/value") for path in boxed} == expected
     assert pure["attention"]["query"]["bias"].ndim == 2  # What the name is for.
 
     variables = linen.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
