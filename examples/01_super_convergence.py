@@ -43,8 +43,7 @@ class ConvNet(nnx.Module):
 
     def __call__(self, x):
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.relu(norm(conv(x)))
-            x = nnx.max_pool(x, (2, 2), (2, 2)) if x.shape[1] > 2 else x
+            x = nnx.max_pool(nnx.relu(norm(conv(x))), (2, 2), (2, 2))
         return self.head(x.mean((1, 2)))
 
 
@@ -167,7 +166,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="seconds, no story")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     args = parser.parse_args()
-    seeds, tuning_seeds, short, grid = 5, 2, 20, (0.01, 0.03, 0.1, 0.3)
+    seeds, tuning_seeds, short, grid = 5, 2, 20, (0.003, 0.01, 0.03, 0.1, 0.3)
     if args.smoke:
         seeds, tuning_seeds, short, grid = 1, 1, 1, (0.03,)
         jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.

@@ -73,8 +73,8 @@ def scheduled_trace(
               u_t = m_t \;\text{ or, with Nesterov, }\; g_t + \mu_t m_t
 
     ``optax.trace`` with a schedule. Place it before the learning rate, and a coupled
-    weight decay before it. Under a constant rate the step is that of plain SGD times
-    :math:`1 / (1 - \mu)`.
+    weight decay before it. Under a constant decay and a constant gradient the step
+    grows to that of plain SGD times :math:`1 / (1 - \mu)`.
 
     Args:
       decay: Momentum in [0, 1), or a schedule ``count -> momentum``.

@@ -297,7 +297,9 @@ class _Curve(NamedTuple):
     values: np.ndarray  # (n,)
     slopes: np.ndarray  # (n,), per decade
     errors: np.ndarray  # (n,), standard errors of the values
+    losses: np.ndarray  # (n,), as they were
     start: float  # level of the first losses
+    noise: float  # standard deviation of a loss
 
 
 def smooth_curve(result: RangeTestResult) -> _Curve:
@@ -319,7 +321,7 @@ def smooth_curve(result: RangeTestResult) -> _Curve:
     losses = np.asarray(result.losses[:n], np.float64)
     log_rates = np.log10(np.asarray(result.learning_rates[:n], np.float64))
     start = float(np.median(losses[: max(3, n // 10)]))
-    losses = np.minimum(losses, start + 0.25 * max(start - losses.min(), 0.0))
+    capped = np.minimum(losses, start + 0.25 * max(start - losses.min(), 0.0))
 
     distance = log_rates - log_rates[:, None]
     bandwidth = max(_BANDWIDTH, float(np.median(np.diff(log_rates))))
@@ -329,14 +331,16 @@ def smooth_curve(result: RangeTestResult) -> _Curve:
     to_values = kernel * (s2 - s1 * distance) / determinant
     to_slopes = kernel * (s0 * distance - s1) / determinant
     # A median of differences sees the noise and neither the fall nor the explosion.
-    steps = np.diff(losses)
+    steps = np.diff(capped)
     noise = 1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2)
     return _Curve(
         log_rates,
-        to_values @ losses,
-        to_slopes @ losses,
+        to_values @ capped,
+        to_slopes @ capped,
         noise * np.sqrt((to_values**2).sum(axis=1)),
+        losses,
         start,
+        float(noise),
     )
 
 
@@ -358,9 +362,9 @@ def suggest_learning_rate(
     * ``"minimum"``: a tenth of the rate at which the loss is lowest, so Smith's reading
       is ten times this. Where the loss still falls at the end of the ladder, that end
       is taken for the minimum.
-    * ``"divergence"``: the last rate before the loss, having been lowest, climbs above
-      where it started or ceases to be finite. An upper limit rather than a rate to
-      train at.
+    * ``"divergence"``: the last rate before the loss, having been lowest, climbs beyond
+      its noise above where it started, or ceases to be finite. An upper limit rather
+      than a rate to train at.
 
     Args:
       result: Of :func:`range_test`. What follows a loss that is not finite is ignored.
@@ -400,8 +404,10 @@ def suggest_learning_rate(
     log_rates, values = curve.log_rates, curve.values
     lowest = int(values.argmin())
     if method == "divergence":
-        level = curve.start + 2 * curve.errors[lowest:]
-        above = np.flatnonzero(values[lowest:] > level)
+        # Not from the smoothing, which sees a jump late.
+        fall = curve.start - curve.losses.min()
+        level = curve.start + max(0.25 * fall, 6 * curve.noise)
+        above = np.flatnonzero(curve.losses[lowest:] > level)
         _checks.require(
             above.size > 0 or result.diverged,
             "result",
@@ -409,7 +415,14 @@ def suggest_learning_rate(
             f"one that reached {result.learning_rates[-1]:.3g} without diverging",
         )
         last = lowest + above[0] - 1 if above.size else len(values) - 1
-        return float(10 ** log_rates[max(last, 0)])
+        _checks.require(
+            last >= len(values) // 10,
+            "result",
+            "a range test that starts below divergence (run it with a lower "
+            "`min_value`)",
+            "one that rises from the start",
+        )
+        return float(10 ** log_rates[last])
 
     highest = int(values[: lowest + 1].argmax())
     fall = values[highest] - values[lowest]

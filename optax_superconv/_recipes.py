@@ -29,7 +29,7 @@ def _is_matrix(params: optax.Params) -> Any:
     """True for leaves of two dimensions or more whose path does not end in `bias`."""
 
     def decayed(path: KeyPath, leaf: Any) -> bool:
-        # Flax NNX shows an array as the `value` of its Variable at `init` only.
+        # An nnx.State shows an array as the `value` of its Variable.
         if path and path[-1] == GetAttrKey("value"):
             path = path[:-1]
         return jnp.ndim(leaf) > 1 and keystr(path[-1:], simple=True) != "bias"

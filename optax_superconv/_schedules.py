@@ -9,8 +9,8 @@ with a shape :math:`g` from :math:`g(1) = 1` to :math:`g(0) = 0`. One-cycle is a
 and a fall; its momentum is the same with the signs reversed; slanted triangles, flat
 then cosine, warm restarts and SWA's schedule are other lists of phases.
 
-Falling phases are computed in what remains and rising ones in what has elapsed, so
-that the small end of each keeps its relative precision in float32.
+With the named shapes, falling phases are computed in what remains and rising ones in
+what has elapsed, so that the small end keeps its relative precision in float32.
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ def onecycle_schedule(
     1. The run is steps 0 to T - 1 and ``end_value`` belongs to step T, so that every
        step trains, and holds beyond; PyTorch reaches its end at T - 1, and beyond it a
        rate that is negative (linear) or rises again (cosine).
-    2. Durations are whole steps, so the peak is always reached, once, for every T.
+    2. Durations are whole steps, so the peak is reached exactly, for every T.
     3. ``end_value`` is a value, not a divisor of the peak or of the initial value.
 
     Args:

@@ -473,7 +473,8 @@ def test_divergence_is_seen_in_a_curve_that_settles_again():
     losses = np.where(x > 0, 2.4, falling(x))
     losses[(x > -0.2) & (x < 0.2)] = 30.0
     edge = osc.suggest_learning_rate(as_result(losses), method="divergence")
-    assert 0.1 < edge < 2
+    assert edge < 10**-0.19
+    assert edge > 0.5
 
 
 def test_a_fall_of_four_times_the_noise_is_found():
@@ -496,6 +497,22 @@ def test_the_steepest_fall_is_sought_before_the_minimum():
     losses[x > 0.5] = 0.9
     steepest = osc.suggest_learning_rate(as_result(losses), method="steepest")
     assert abs(np.log10(steepest) + 2.5) < 0.25
+
+
+@pytest.mark.parametrize("jump", [1e3, np.geomspace(2, 1e6, 40)])
+def test_divergence_is_seen_where_nothing_fell_before(jump):
+    losses = np.append(np.ones(60), np.ones(40) * jump)
+    edge = osc.suggest_learning_rate(
+        as_result(losses, diverged=True), method="divergence"
+    )
+    assert edge == pytest.approx(RATES[59])
+
+
+def test_divergence_from_the_start_asks_for_a_lower_rate():
+    with pytest.raises(ValueError, match="rises from the start"):
+        osc.suggest_learning_rate(
+            as_result(np.linspace(1, 30, 60), diverged=True), method="divergence"
+        )
 
 
 def test_divergence_needs_divergence():
