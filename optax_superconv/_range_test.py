@@ -31,7 +31,7 @@ _BLOCK = 8
 
 # Standard deviation, in decades of the rate, of the kernel that smooths a curve. On a
 # fall of 1.8 within two decades with noise of 0.2 and 12 points per decade, the valley
-# then spreads over a factor of 1.75 (5 to 95 %), against 2.3 at 0.15.
+# then spreads over a factor of 1.76 (5 to 95 %), against 2.3 at 0.15.
 _BANDWIDTH = 0.35
 _MIN_POINTS = 10
 
