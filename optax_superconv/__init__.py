@@ -7,11 +7,7 @@ any training step. Start with :func:`onecycle_adamw` and :func:`range_test`.
 from optax_superconv import plotting
 from optax_superconv._hyperparams import read_hyperparams, scale_by_learning_rate
 from optax_superconv._momentum import scale_by_scheduled_adam, scheduled_trace
-from optax_superconv._range_test import (
-    RangeTestResult,
-    range_test,
-    suggest_learning_rate,
-)
+from optax_superconv._range_test import RangeTestResult, range_test
 from optax_superconv._recipes import onecycle_adamw, onecycle_sgd
 from optax_superconv._schedules import (
     Phase,
@@ -20,6 +16,7 @@ from optax_superconv._schedules import (
     onecycle_schedule,
     phase_schedule,
 )
+from optax_superconv._suggestions import suggest_learning_rate
 
 __version__ = "0.1.0"
 

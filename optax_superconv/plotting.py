@@ -13,12 +13,8 @@ import numpy as np
 import optax
 
 from optax_superconv import _checks
-from optax_superconv._range_test import (
-    Method,
-    RangeTestResult,
-    smooth_curve,
-    suggest_learning_rate,
-)
+from optax_superconv._range_test import RangeTestResult
+from optax_superconv._suggestions import Method, smooth_curve, suggest_learning_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -232,6 +232,12 @@ BAD_VALUES = [
         "'kernels'",
     ),
     (
+        lambda: osc.range_test(STEP, 0, {"x": 1}),
+        "batches",
+        "a pytree of arrays with one leading axis of steps",
+        "leaves of shapes [()]",
+    ),
+    (
         lambda: osc.range_test(STEP, 0, []),
         "batches",
         "at least one batch",
@@ -294,7 +300,6 @@ BAD_TYPES = [
     (lambda: run(step_fn=lambda s, r, b: (s, (1.0, {}))), "step_fn", "tuple"),
     (lambda: run(smoothing=np.ones(2) / 2), "smoothing", "array"),
     (lambda: run(num_steps=10.0), "num_steps", "float"),
-    (lambda: osc.range_test(STEP, 0, {"x": 1}), "batches", "dict"),
     (lambda: osc.range_test(STEP, 0, 3), "batches", "int"),
     (lambda: osc.suggest_learning_rate([1.0]), "result", "list"),
     (lambda: suggest(method=3), "method", "int"),

@@ -19,8 +19,10 @@ LAYERS = [
     {"__init__"},
     {"plotting"},
     {"_recipes"},
-    {"_momentum", "_range_test"},
-    {"_hyperparams"},
+    {"_sweep"},
+    {"_suggestions"},
+    {"_momentum", "_range_test", "_curvature"},
+    {"_hyperparams", "_runs"},
     {"_schedules"},
     {"_checks"},
 ]
