@@ -199,6 +199,18 @@ def main() -> None:
             "compile_seconds": compile_seconds,
         },
         args.out,
+        {
+            "question": "Do the dials cost anything?",
+            "arms": "onecycle_adamw, inject_hyperparams(adamw) / adamw",
+            "steps": f"{steps} x {rounds}",
+            "mean ± std (n)": ", ".join(
+                harness.mean_and_std(np.divide(seconds[name], seconds["optax.adamw"]))
+                for name in ("onecycle_adamw", "inject_hyperparams(optax.adamw)")
+            )
+            + " of a step",
+            "cost": f"{extra_bytes['onecycle_adamw']:+d} bytes of state",
+            "command": "python benchmarks/overhead.py",
+        },
     )
 
     rounds = max(2, rounds // 2)
@@ -218,6 +230,17 @@ def main() -> None:
         rows,
         {"ratios": ratios, "seconds": seconds},
         args.out,
+        {
+            "question": "Does a range test wait for the device?",
+            "arms": "range_test / the same steps run bare",
+            "steps": f"{num_steps} x {rounds}",
+            "mean ± std (n)": harness.mean_and_std(
+                np.divide(seconds["range_test"], seconds["bare"])
+            )
+            + " of the bare steps",
+            "cost": f"{statistics.median(seconds['range_test']) * 1e3:.0f} ms",
+            "command": "python benchmarks/overhead.py",
+        },
     )
 
 

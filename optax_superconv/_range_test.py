@@ -1,18 +1,16 @@
-"""Which peak? The range test, and what its curve suggests.
+"""Which losses does each learning rate give? The range test.
 
-A range test trains for a few steps while the learning rate climbs a geometric ladder.
-The loss stays flat while the rate is too low to matter, falls, and at last blows up. A
-suggestion is a point of that curve. It is read from a smoothing without lag, not from
-the running average that decides when to stop: that one trails the loss by decades of
-the rate.
+It trains for a few steps while the learning rate climbs a geometric ladder. The loss
+stays flat while the rate is too low to matter, falls, and at last blows up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_superconv import _checks, _runs
@@ -35,12 +33,15 @@ class RangeTestResult(NamedTuple):
         infinite or NaN, no other.
       smoothed_losses: (n,) float64, their bias-corrected running average.
       diverged: Whether the test ended because the loss diverged.
+      eval_losses: (n,) float64, what ``eval_fn`` gave after each step's update; None
+        without it.
     """
 
     learning_rates: np.ndarray
     losses: np.ndarray
     smoothed_losses: np.ndarray
     diverged: bool
+    eval_losses: np.ndarray | None = None
 
 
 class _Average(NamedTuple):
@@ -67,14 +68,46 @@ def _observe(
     return _Average(total, weight, first, best, steps_above)
 
 
+def _scans(state: Any, batches: Any) -> bool:
+    """Whether one scan runs the test: XLA's CPU convolutions crawl inside of loops."""
+    return (
+        jax.default_backend() != "cpu"
+        and _runs.is_stacked(batches)
+        and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    )
+
+
+def _scan(
+    step: Callable[[Any, Any, Any, bool], tuple[Any, Any, Any]],
+    state: Any,
+    batches: Any,
+    ladder: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The losses, and the held-out losses, of all steps in one program."""
+    length = _runs.num_stacked(batches)
+
+    @jax.jit
+    def run(state: Any, batches: Any, rates: jax.Array) -> Any:
+        def body(state: Any, scanned: Any) -> tuple[Any, Any]:
+            count, rate = scanned
+            batch = jax.tree.map(lambda leaf: leaf[count % length], batches)
+            state, *losses = step(state, rate, batch, True)
+            return state, losses
+
+        return jax.lax.scan(body, state, (jnp.arange(len(rates)), rates))[1]
+
+    return jax.device_get(run(state, jax.tree.map(jnp.asarray, batches), ladder))
+
+
 def range_test(
     step_fn: Callable[[State, jax.Array, Batch], tuple[State, jax.Array]],
     state: State,
-    batches: Iterable[Batch],
+    batches: Any,
     *,
     min_value: float = 1e-6,
     max_value: float = 10.0,
     num_steps: int = 100,
+    eval_fn: Callable[[State], jax.Array] | None = None,
     smoothing: float = 0.98,
     divergence_factor: float = 4.0,
     patience: int = 10,
@@ -95,7 +128,8 @@ def range_test(
 
     The steps are dispatched one after another without waiting for the device, whose
     losses are looked at every 8 steps, so ``step_fn`` may run for up to 15 steps past
-    the one that diverged; the result does not hold these.
+    the one that diverged; the result does not hold these. On an accelerator, stacked
+    batches and a state of arrays make it one :func:`jax.lax.scan` over all steps.
 
     Args:
       step_fn: ``(state, learning_rate, batch) -> (state, loss)``: the caller's own
@@ -103,11 +137,15 @@ def range_test(
         array; the loss is a scalar. It may donate its state.
       state: Any pytree. Its arrays are copied once, so the caller's survive, also in
         Flax NNX objects that the step changes in place.
-      batches: A sequence (or anything that can be iterated again) starts again at its
-        end; an iterator is consumed.
+      batches: A list (or anything else that can be iterated again) starts again at its
+        end; an iterator is consumed. Or stacked batches: a pytree of arrays with a
+        leading axis of steps, which starts again as well. A tuple of arrays, as in
+        ``(inputs, targets)``, is such a pytree.
       min_value: The lowest rate, above 0; the first step takes it exactly.
       max_value: The highest rate, above ``min_value``; the last step takes it exactly.
       num_steps: Steps of the ladder, at least 2.
+      eval_fn: ``state -> loss``, taken after every update, best jitted: the held-out
+        loss at each rate. Suggestions then read it in place of the training loss.
       smoothing: Of the running average, in [0, 1). It is bias-corrected, so a constant
         loss smooths to itself from the first step.
       divergence_factor: How far the average may rise, above 1.
@@ -118,8 +156,10 @@ def range_test(
       A :class:`RangeTestResult`; see :func:`suggest_learning_rate` for its use.
 
     Raises:
-      ValueError: For arguments outside the ranges above, a loss that is no scalar, or
-        an iterator that runs dry (says after how many steps).
+      ValueError: For arguments outside the ranges above, a loss that is no scalar, a
+        first loss (of the state as it came) that is not finite, a state that changes
+        its structure or shapes, or an iterator that runs dry (says after how many
+        steps).
       TypeError: For arguments of the wrong kind, or a ``step_fn`` that returns no pair.
       ImportError: With ``progress=True`` where rich is missing.
 
@@ -142,6 +182,8 @@ def range_test(
       mechanism <https://arxiv.org/abs/2003.02218>`_, 2020.
     """
     _checks.function("step_fn", step_fn)
+    if eval_fn is not None:
+        _checks.function("eval_fn", eval_fn)
     ladder = _runs.geometric_ladder(min_value, max_value, num_steps)
     patience = _checks.steps("patience", patience, at_least=1)
     _checks.scalar("smoothing", smoothing, _checks.DECAY_RULE, _checks.decay_rate)
@@ -152,7 +194,7 @@ def range_test(
     losses: list[float] = []
     smoothed: list[float] = []
 
-    def diverges(block: list[jax.Array]) -> bool:
+    def diverges(block: Iterable[jax.Array]) -> bool:
         nonlocal average
         for loss in map(float, block):
             average = _observe(average, loss, smoothing, divergence_factor)
@@ -162,28 +204,49 @@ def range_test(
                 return True
         return False
 
-    state = _runs.copy_state(state)
-    pending: list[jax.Array] = []
-    diverged = False
-    steps_run = 0
-    with _runs.progress_bar("range test", progress, num_steps) as advance:
-        rates = jax.device_put(list(ladder))
-        for rate, batch in zip(rates, source, strict=False):
-            result = step_fn(state, rate, batch)
-            if steps_run == 0:
-                _runs.check_step(result)
-            state, loss = result
-            pending.append(loss)
-            steps_run += 1
-            advance()
-            if len(pending) == 2 * _BLOCK:
-                diverged = diverges(pending[:_BLOCK])
-                del pending[:_BLOCK]
-                if diverged:
-                    break
-    diverged = diverged or diverges(pending)
-    if not diverged and steps_run < num_steps:
-        raise _runs.ran_dry(num_steps, steps_run)
+    before = _runs.layout(state)
+
+    def step(state: State, rate: Any, batch: Any, first: bool) -> tuple[Any, Any, Any]:
+        result = step_fn(state, rate, batch)
+        if first:
+            _runs.check_step(result)
+            _runs.check_layout(before, result[0])
+        state, loss = result
+        eval_loss = None if eval_fn is None else eval_fn(state)
+        if first and eval_fn is not None:
+            _runs.check_loss("`eval_fn` must return a loss that is", eval_loss)
+        return state, loss, eval_loss
+
+    eval_losses: Any = []
+    if _scans(state, batches):
+        block, eval_losses = _scan(step, state, batches, ladder)
+        diverged = diverges(block)
+    else:
+        state = _runs.copy_state(state)
+        pending: list[jax.Array] = []
+        diverged = False
+        with _runs.progress_bar("range test", progress, num_steps) as advance:
+            rates = jax.device_put(list(ladder))
+            for rate, batch in zip(rates, source, strict=False):
+                first = not eval_losses
+                state, loss, eval_loss = step(state, rate, batch, first)
+                pending.append(loss)
+                eval_losses.append(eval_loss)
+                advance()
+                if len(pending) == 2 * _BLOCK:
+                    diverged = diverges(pending[:_BLOCK])
+                    del pending[:_BLOCK]
+                    if diverged:
+                        break
+        diverged = diverged or diverges(pending)
+        if not diverged and len(eval_losses) < num_steps:
+            raise _runs.ran_dry(num_steps, len(eval_losses))
+    _runs.check_first_loss(losses[0])
+    count = len(losses)
     return RangeTestResult(
-        ladder[: len(losses)], np.asarray(losses), np.asarray(smoothed), diverged
+        ladder[:count],
+        np.asarray(losses),
+        np.asarray(smoothed),
+        diverged,
+        None if eval_fn is None else np.asarray(eval_losses[:count], np.float64),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +18,9 @@ import numpy as np
 from optax_superconv import _checks
 
 State = TypeVar("State")
+
+# Losses are looked at in blocks, one block behind the step that is dispatched.
+BLOCK = 8
 
 
 def geometric_ladder(min_value: float, max_value: float, num_steps: int) -> np.ndarray:
@@ -112,7 +115,7 @@ def ran_dry(num_steps: int, steps_run: int) -> ValueError:
     )
 
 
-def copy_state(state: State) -> State:
+def copy_state(state: State, device: jax.Device | None = None) -> State:
     """A state whose arrays may be donated, in place of the caller's."""
     copies: dict[int, jax.Array] = {}
 
@@ -123,7 +126,7 @@ def copy_state(state: State) -> State:
             return leaf
         if id(leaf) not in copies:
             # Compiles nothing, unlike `leaf.copy()`, and leaves the array where it is.
-            copies[id(leaf)] = jax.device_put(leaf, may_alias=False)
+            copies[id(leaf)] = jax.device_put(leaf, device, may_alias=False)
         return copies[id(leaf)]
 
     nnx = sys.modules.get("flax.nnx")
@@ -139,12 +142,8 @@ def copy_state(state: State) -> State:
     return jax.tree.map(copied, state)
 
 
-def check_step(result: Any) -> None:
-    """Raises unless a step returned ``(state, loss)`` with a real scalar loss."""
-    wanted = "`step_fn` must return a pair (state, loss) with a loss that is"
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"{wanted} a number, got a {type(result).__name__}.")
-    loss = result[1]
+def check_loss(wanted: str, loss: Any) -> None:
+    """Raises unless a loss is a real scalar; ``wanted`` begins the message."""
     try:
         # None would pass for a number.
         dtype, shape = jnp.result_type("" if loss is None else loss), np.shape(loss)
@@ -154,6 +153,143 @@ def check_step(result: Any) -> None:
         ) from None
     if shape or jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(f"{wanted} a real scalar, got {dtype} of shape {shape}.")
+
+
+def check_step(result: Any) -> None:
+    """Raises unless a step returned ``(state, loss)`` with a real scalar loss."""
+    wanted = "`step_fn` must return a pair (state, loss) with a loss that is"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{wanted} a number, got a {type(result).__name__}.")
+    check_loss(wanted, result[1])
+
+
+def check_first_loss(loss: float) -> None:
+    """Raises unless the loss of the state as it came is finite."""
+    _checks.require(
+        np.isfinite(loss),
+        "step_fn",
+        "given a state and a batch whose loss is finite before any update, whatever "
+        "the rate",
+        loss,
+    )
+
+
+def layout(state: Any) -> tuple[Any, dict[str, str]]:
+    """What a step must not change: the structure, and each leaf's dtype and shape."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    numeric = int | float | complex  # And bool, which is an int.
+    return structure, {
+        jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+        for path, leaf in leaves
+        if _is_array(leaf) or isinstance(leaf, numeric)
+    }
+
+
+def check_layout(before: tuple[Any, dict[str, str]], state: Any) -> None:
+    """Raises unless a step returned a state laid out as the one it was given."""
+    structure, leaves = layout(state)
+    rule = "`step_fn` must return a state like the one it is given"
+    if structure != before[0]:
+        raise ValueError(f"{rule} ({before[0]}), got {structure}.")
+    for path, kind in before[1].items():
+        if leaves.get(path) != kind:
+            where = f"state{path} "
+            raise ValueError(
+                f"{rule} ({where}is {kind}), got {leaves.get(path, 'no array')}."
+            )
+
+
+def sequential(
+    step_fn: Callable[[Any, Any, Any], Any],
+    states: list[Any],
+    hyperparams: Callable[[int, int], Any],
+    devices: Sequence[jax.Device] = (),
+) -> Callable[[int, Any, Sequence[int]], list[Any]]:
+    """One step of each member, dispatched one after another; advances ``states``.
+
+    Args:
+      step_fn: ``(state, hyperparams, batch) -> (state, loss)``.
+      states: One per member, replaced as they are trained.
+      hyperparams: ``(step, member) -> hyperparams``.
+      devices: Where the members live in turn; empty leaves the batches where they are.
+
+    Returns:
+      ``advance`` for :func:`lockstep`.
+    """
+    before = layout(states[0])
+
+    def advance(step: int, batch: Any, members: Sequence[int]) -> list[Any]:
+        placed = [
+            jax.tree.map(
+                lambda x, d=device: jax.device_put(x, d) if _is_array(x) else x, batch
+            )
+            for device in devices
+        ] or [batch]
+        losses: list[Any] = []
+        for member in members:
+            result = step_fn(
+                states[member], hyperparams(step, member), placed[member % len(placed)]
+            )
+            if step == 0 and not losses:
+                check_step(result)
+                check_layout(before, result[0])
+            states[member], loss = result
+            losses.append(loss)
+        return losses
+
+    return advance
+
+
+def lockstep(
+    advance: Callable[[int, Any, Sequence[int]], Any],
+    shape: tuple[int, int],
+    source: Iterator[Any],
+    *,
+    drop: bool = True,
+    tick: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Trains several members on the same batches; returns their losses.
+
+    Args:
+      advance: ``(step, batch, members) -> losses``, one per member.
+      shape: (members, steps).
+      source: Yields the batches, one for each step.
+      drop: Whether to leave out members whose loss was not finite. They are looked for
+        as in the range test, so that the device does not wait for the host.
+      tick: Called after each step.
+
+    Returns:
+      (members, steps) float64, NaN after a member's first loss that is not finite.
+    """
+    num_members, num_steps = shape
+    losses = np.full(shape, np.nan)
+    running = np.arange(num_members)
+    pending: list[tuple[int, np.ndarray, Any]] = []
+    alive = np.full(num_members, True)
+
+    def look(block: list[tuple[int, np.ndarray, Any]]) -> None:
+        for step, members, values in block:
+            values = np.asarray(jax.device_get(values), np.float64)[: len(members)]
+            seen = alive[members]
+            losses[members[seen], step] = values[seen]
+            alive[members] &= np.isfinite(values)
+
+    steps_run = 0
+    for step, batch in zip(range(num_steps), source, strict=False):
+        pending.append((step, running, advance(step, batch, running.tolist())))
+        steps_run += 1
+        tick()
+        if len(pending) == 2 * BLOCK:
+            look(pending[:BLOCK])
+            del pending[:BLOCK]
+            if not alive.any():
+                break
+            if drop:
+                running = np.flatnonzero(alive)
+    look(pending)
+    if alive.any() and steps_run < num_steps:
+        raise ran_dry(num_steps, steps_run)
+    return losses
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ the rate.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -42,16 +44,18 @@ def smooth_curve(result: RangeTestResult) -> _Curve:
     and with losses capped above the start by a quarter of the fall, so that an
     explosion does not reach back.
     """
-    bad = np.flatnonzero(~np.isfinite(result.losses))
-    n = int(bad[0]) if bad.size else len(result.losses)
+    held_out = result.eval_losses
+    all_losses = result.losses if held_out is None else held_out
+    bad = np.flatnonzero(~np.isfinite(all_losses))
+    n = int(bad[0]) if bad.size else len(all_losses)
     _checks.require(
         n >= _MIN_POINTS,
         "result",
         f"a curve of at least {_MIN_POINTS} finite losses (run the range test with more"
         " `num_steps`, or a lower `min_value` or `max_value`)",
-        f"{n}",
+        f"one of {n}",
     )
-    losses = np.asarray(result.losses[:n], np.float64)
+    losses = np.asarray(all_losses[:n], np.float64)
     log_rates = np.log10(np.asarray(result.learning_rates[:n], np.float64))
     start = float(np.median(losses[: max(3, n // 10)]))
     capped = np.minimum(losses, start + 0.25 * max(start - losses.min(), 0.0))
@@ -77,62 +81,8 @@ def smooth_curve(result: RangeTestResult) -> _Curve:
     )
 
 
-def suggest_learning_rate(
-    result: RangeTestResult,
-    *,
-    method: Method = "valley",
-) -> float:
-    """Reads a learning rate off the curve of a range test.
-
-    All methods read a centred smoothing of the losses in the log of the rate, so a
-    suggestion neither lags nor depends on the test's ``smoothing``.
-
-    * ``"valley"``: where the loss has fallen half of the way, from its highest point
-      before the minimum down to the minimum. The steadiest under noise, and by far the
-      most cautious: for one-cycle SGD on digits it lies 26 to 41 times below the rate
-      of the lowest loss, which is Smith's reading of the curve and does best there.
-    * ``"steepest"``: where the loss falls fastest per decade of the rate.
-    * ``"minimum"``: a tenth of the rate at which the loss is lowest, so Smith's reading
-      is ten times this. Where the loss still falls at the end of the ladder, that end
-      is taken for the minimum.
-    * ``"divergence"``: the last rate before the loss, having been lowest, climbs beyond
-      its noise above where it started, or ceases to be finite. An upper limit rather
-      than a rate to train at.
-
-    Args:
-      result: Of :func:`range_test`. What follows a loss that is not finite is ignored.
-      method: One of the above.
-
-    Returns:
-      The suggested rate, a float.
-
-    Raises:
-      ValueError: If the curve holds no suggestion, saying what to change: it has fewer
-        than 10 finite losses, it is flat, it rises from the start, or (with
-        ``"divergence"``) nothing diverged. Or for an unknown method.
-      TypeError: If ``result`` is no :class:`RangeTestResult`.
-
-    Examples:
-      >>> import numpy as np
-      >>> import optax_superconv as osc
-      >>> rates = np.geomspace(1e-6, 1.0, 61)
-      >>> losses = 2 - 1 / (1 + (1e-3 / rates) ** 2)  # Half-way down at 1e-3.
-      >>> result = osc.RangeTestResult(rates, losses, losses, False)
-      >>> print(f"{osc.suggest_learning_rate(result):.4f}")
-      0.0010
-      >>> print(f"{osc.suggest_learning_rate(result, method='minimum'):.4f}")
-      0.1000
-
-    References:
-      Smith, `A disciplined approach to neural network hyper-parameters
-      <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1); the names of the methods
-      are `fastai's <https://docs.fast.ai/callback.schedule.html>`_.
-    """
-    _checks.choice("method", method, get_args(Method))
-    if not isinstance(result, RangeTestResult):
-        raise TypeError(
-            f"`result` must be a RangeTestResult, got a {type(result).__name__}."
-        )
+def _suggest(result: RangeTestResult, method: Method) -> float:
+    """What one curve suggests."""
     curve = smooth_curve(result)
     log_rates, values = curve.log_rates, curve.values
     lowest = int(values.argmin())
@@ -180,3 +130,168 @@ def suggest_learning_rate(
     last = highest + int(np.flatnonzero(values[falling] >= half)[-1])
     pair = [last + 1, last]  # np.interp wants rising values.
     return float(10 ** np.interp(half, values[pair], log_rates[pair]))
+
+
+def _suggestions(
+    name: str, results: Sequence[RangeTestResult], method: Method
+) -> np.ndarray:
+    """What each curve suggests; reports the curves that hold no suggestion."""
+    found: list[float] = []
+    reasons: list[str] = []
+    for result in results:
+        try:
+            found.append(_suggest(result, method))
+        except ValueError as error:
+            reasons.append(str(error).partition(", got ")[2].rstrip("."))
+    why = "; ".join(dict.fromkeys(reasons))
+    _checks.require(
+        bool(found),
+        name,
+        "range tests of which one holds a suggestion",
+        f"{len(reasons)} without: {why}",
+    )
+    if reasons:
+        warnings.warn(
+            f"{len(reasons)} of {len(reasons) + len(found)} range tests hold no "
+            f"suggestion and are left out: {why}.",
+            stacklevel=3,
+        )
+    return np.asarray(found)
+
+
+def _check_results(name: str, results: Any) -> None:
+    if not isinstance(results, Sequence) or isinstance(results, str):
+        kind = type(results).__name__
+    else:
+        wrong = [r for r in results if not isinstance(r, RangeTestResult)]
+        kind = f"sequence with a {type(wrong[0]).__name__}" if wrong else ""
+    if kind:
+        raise TypeError(f"`{name}` must be of range tests' results, got a {kind}.")
+
+
+def suggest_learning_rate(
+    result: RangeTestResult | Sequence[RangeTestResult],
+    *,
+    method: Method = "valley",
+) -> float:
+    """Reads a learning rate off the curve of a range test.
+
+    All methods read a centred smoothing of the losses in the log of the rate, so a
+    suggestion neither lags nor depends on the test's ``smoothing``.
+
+    * ``"valley"``: where the loss has fallen half of the way, from its highest point
+      before the minimum down to the minimum. The steadiest under noise, and by far the
+      most cautious: for one-cycle SGD on digits it lies 26 to 41 times below the rate
+      of the lowest loss, which is Smith's reading of the curve and does best there.
+    * ``"steepest"``: where the loss falls fastest per decade of the rate.
+    * ``"minimum"``: a tenth of the rate at which the loss is lowest, so Smith's reading
+      is ten times this. Where the loss still falls at the end of the ladder, that end
+      is taken for the minimum.
+    * ``"divergence"``: the last rate before the loss, having been lowest, climbs beyond
+      its noise above where it started, or ceases to be finite. An upper limit rather
+      than a rate to train at.
+
+    Args:
+      result: Of :func:`range_test`, or a sequence of such results: the suggestion is
+        then the median of theirs. What follows a loss that is not finite is ignored.
+        Held-out losses are read where the test took them.
+      method: One of the above.
+
+    Returns:
+      The suggested rate, a float.
+
+    Raises:
+      ValueError: If the curve holds no suggestion, saying what to change: it has fewer
+        than 10 finite losses, it is flat, it rises from the start, or (with
+        ``"divergence"``) nothing diverged. Or for an unknown method.
+      TypeError: If ``result`` is no :class:`RangeTestResult` and no sequence of them.
+
+    Warns:
+      UserWarning: Of repeats that hold no suggestion, for instance since they diverge
+        at once, saying how many; they are left out.
+
+    Examples:
+      >>> import numpy as np
+      >>> import optax_superconv as osc
+      >>> rates = np.geomspace(1e-6, 1.0, 61)
+      >>> losses = 2 - 1 / (1 + (1e-3 / rates) ** 2)  # Half-way down at 1e-3.
+      >>> result = osc.RangeTestResult(rates, losses, losses, False)
+      >>> print(f"{osc.suggest_learning_rate(result):.4f}")
+      0.0010
+      >>> print(f"{osc.suggest_learning_rate(result, method='minimum'):.4f}")
+      0.1000
+
+    References:
+      Smith, `A disciplined approach to neural network hyper-parameters
+      <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1); the names of the methods
+      are `fastai's <https://docs.fast.ai/callback.schedule.html>`_.
+    """
+    _checks.choice("method", method, get_args(Method))
+    if isinstance(result, RangeTestResult):
+        return _suggest(result, method)
+    _check_results("result", result)
+    _checks.require(len(result) > 0, "result", "at least one range test's", "none")
+    return float(np.median(_suggestions("result", result, method)))
+
+
+def suggest_interval(
+    results: Sequence[RangeTestResult],
+    *,
+    method: Method = "valley",
+    level: float = 0.9,
+) -> tuple[float, float]:
+    """How far the suggestions of repeated range tests spread.
+
+    The repeats differ in what a training run's repeats would: initialisation, order of
+    the batches. The interval lies between the quantiles ``(1 - level) / 2`` and
+    ``(1 + level) / 2`` of their suggestions, interpolated in the log of the rate; with
+    few repeats that is nearly their whole range, and less than what more of them would
+    show.
+
+    Args:
+      results: Of :func:`range_test`, at least 2 that hold a suggestion.
+      method: Of :func:`suggest_learning_rate`.
+      level: The share of suggestions inside, above 0 and at most 1.
+
+    Returns:
+      The low and the high end, floats.
+
+    Raises:
+      ValueError: If fewer than 2 results hold a suggestion; the message says why. Or
+        for a bad ``level`` or an unknown method.
+      TypeError: If ``results`` is no sequence of :class:`RangeTestResult`.
+
+    Warns:
+      UserWarning: Of repeats that hold no suggestion, for instance since they diverge
+        at once, saying how many; they are left out.
+
+    Examples:
+      >>> import numpy as np
+      >>> import optax_superconv as osc
+      >>> rates, rng = np.geomspace(1e-6, 1.0, 61), np.random.default_rng(0)
+      >>> results = []
+      >>> for _ in range(5):
+      ...     losses = 2 - 1 / (1 + (1e-3 / rates) ** 2) + 0.1 * rng.normal(size=61)
+      ...     results.append(osc.RangeTestResult(rates, losses, losses, False))
+      >>> low, high = osc.suggest_interval(results)
+      >>> print(low < osc.suggest_learning_rate(results) < high)
+      True
+
+    References:
+      Smith, `A disciplined approach to neural network hyper-parameters
+      <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1, the test itself).
+    """
+    _checks.choice("method", method, get_args(Method))
+    _checks.scalar(
+        "level", level, "above 0 and at most 1", lambda x: (x > 0) & (x <= 1)
+    )
+    if isinstance(results, RangeTestResult):
+        raise TypeError("`results` must be several range tests' results, got one.")
+    _check_results("results", results)
+    two = "at least 2 range tests that hold a suggestion"
+    _checks.require(len(results) >= 2, "results", two, len(results))
+    found = _suggestions("results", results, method)
+    _checks.require(len(found) >= 2, "results", two, len(found))
+    outside = (1 - level) / 2
+    low, high = np.exp(np.quantile(np.log(found), [outside, 1 - outside]))
+    return float(low), float(high)

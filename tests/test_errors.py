@@ -15,12 +15,14 @@ def run(**options):
     return osc.range_test(options.pop("step_fn", STEP), 0, [None], **options)
 
 
+RATES = np.geomspace(1e-6, 1, 50)
+FALLING = 2 - 1 / (1 + 1e-3 / RATES)
+CURVE = osc.RangeTestResult(RATES, FALLING, FALLING, False)
+FLAT = osc.RangeTestResult(RATES, np.ones(50), np.ones(50), False)
+
+
 def suggest(**options):
-    rates = np.geomspace(1e-6, 1, 50)
-    losses = 2 - 1 / (1 + 1e-3 / rates)
-    return osc.suggest_learning_rate(
-        osc.RangeTestResult(rates, losses, losses, False), **options
-    )
+    return osc.suggest_learning_rate(CURVE, **options)
 
 
 BAD_VALUES = [
@@ -237,6 +239,42 @@ BAD_VALUES = [
         "a pytree of arrays with one leading axis of steps",
         "leaves of shapes [()]",
     ),
+    (lambda: osc.suggest_learning_rate([]), "result", "at least one", "none"),
+    (lambda: osc.suggest_learning_rate([FLAT] * 2), "result", "suggestion", "2 w"),
+    (lambda: osc.suggest_interval([CURVE]), "results", "at least 2", "1"),
+    (lambda: osc.suggest_interval([]), "results", "at least 2", "0"),
+    (lambda: osc.suggest_interval([CURVE] * 2, level=0), "level", "above 0", "0"),
+    (lambda: osc.suggest_interval([CURVE] * 2, level=1.1), "level", "at most 1", "1.1"),
+    (
+        lambda: osc.suggest_interval([CURVE] * 2, method="no"),
+        "method",
+        "one of",
+        "'no'",
+    ),
+    (
+        lambda: run(eval_fn=lambda state: jnp.ones(2)),
+        "eval_fn",
+        "a real scalar",
+        "float32 of shape (2,)",
+    ),
+    (
+        lambda: run(step_fn=lambda s, r, b: (s, jnp.float32(np.nan))),
+        "step_fn",
+        "finite before any update",
+        "nan",
+    ),
+    (
+        lambda: run(step_fn=lambda s, r, b: ((s, s), jnp.float32(1.0))),
+        "step_fn",
+        "a state like the one it is given",
+        "PyTreeDef",
+    ),
+    (
+        lambda: osc.range_test(STEP, 0, (np.ones((3, 2)), np.ones(4))),
+        "batches",
+        "one leading axis of steps",
+        "[(3, 2), (4,)]",
+    ),
     (
         lambda: osc.range_test(STEP, 0, []),
         "batches",
@@ -301,7 +339,13 @@ BAD_TYPES = [
     (lambda: run(smoothing=np.ones(2) / 2), "smoothing", "array"),
     (lambda: run(num_steps=10.0), "num_steps", "float"),
     (lambda: osc.range_test(STEP, 0, 3), "batches", "int"),
-    (lambda: osc.suggest_learning_rate([1.0]), "result", "list"),
+    (lambda: osc.suggest_learning_rate([1.0]), "result", "float"),
+    (lambda: osc.suggest_learning_rate(1.0), "result", "float"),
+    (lambda: osc.suggest_interval(1.0), "results", "float"),
+    (lambda: osc.suggest_interval([1.0, 2.0]), "results", "float"),
+    (lambda: osc.suggest_interval(CURVE), "results", "one"),
+    (lambda: run(eval_fn=1.0), "eval_fn", "float"),
+    (lambda: run(eval_fn=lambda s: None), "eval_fn", "NoneType"),
     (lambda: suggest(method=3), "method", "int"),
     (lambda: osc.plotting.plot_schedule(0.1, 10), "schedule_or_mapping", "float"),
     (lambda: osc.plotting.plot_range_test(0.1), "result", "float"),

@@ -1,5 +1,6 @@
 """The range test and its suggestions."""
 
+import collections
 import itertools
 
 import equinox as eqx
@@ -96,7 +97,7 @@ def test_a_constant_loss_smooths_to_itself(level):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("step", [0, 1, 7, 8, 15, 16, 31, 99])
+@pytest.mark.parametrize("step", [1, 7, 8, 15, 16, 31, 99])
 def test_stops_at_the_first_loss_that_is_not_finite(bad, step):
     losses = np.ones(100)
     losses[step:] = bad
@@ -136,7 +137,7 @@ def test_a_catapult_is_not_divergence(start):
 
 
 def test_looks_at_the_losses_at_least_every_sixteen_steps():
-    for bad in range(40):
+    for bad in range(1, 40):
         calls = itertools.count()
 
         def step_fn(state, learning_rate, batch, bad=bad, calls=calls):
@@ -164,6 +165,82 @@ def test_does_not_wait_for_the_device_at_every_step(monkeypatch):
     monkeypatch.setattr(_range_test, "_observe", spy)
     osc.range_test(step_fn, 0, [None], num_steps=64)
     assert min(lags[:48]) >= 8
+
+
+def held_out(state):
+    return 2.0 * jnp.sum(state)
+
+
+def test_held_out_losses_are_taken_after_every_update():
+    rates = np.geomspace(1e-3, 0.1, 20)
+    expected, w = [], 3.0
+    for rate in rates:
+        w -= rate * 2 * (w - 1.0)
+        expected.append(2 * w)
+    options = {"min_value": 1e-3, "max_value": 0.1, "num_steps": 20}
+    result = osc.range_test(
+        quadratic_step, jnp.full((), 3.0), [jnp.ones(1)], eval_fn=held_out, **options
+    )
+    np.testing.assert_allclose(result.eval_losses, expected, rtol=1e-5)
+    assert result.losses[0] == 4.0
+    bare = osc.range_test(quadratic_step, jnp.full((), 3.0), [jnp.ones(1)], **options)
+    assert bare.eval_losses is None
+
+
+def test_held_out_losses_end_where_the_losses_do():
+    result = osc.range_test(
+        quadratic_step,
+        jnp.full((), 3.0),
+        [jnp.ones(1)],
+        max_value=1e4,
+        eval_fn=held_out,
+        patience=2,
+    )
+    assert result.diverged
+    assert len(result.eval_losses) == len(result.losses) < 100
+
+
+@pytest.mark.parametrize("eval_fn", [None, held_out])
+@pytest.mark.parametrize("length", [7, 60])
+@pytest.mark.parametrize("max_value", [0.5, 1e4])
+def test_one_scan_gives_what_the_loop_gives(monkeypatch, eval_fn, length, max_value):
+    rng = np.random.default_rng(0)
+    stacked = {"x": np.float32(rng.normal(size=(length, 4)))}
+    traces = itertools.count()
+
+    def step_fn(w, learning_rate, batch):
+        next(traces)
+        return quadratic_step(w, learning_rate, batch["x"])
+
+    def test(batches):
+        options = {"num_steps": 60, "max_value": max_value, "patience": 3}
+        return osc.range_test(
+            step_fn, jnp.full((), 3.0), batches, eval_fn=eval_fn, **options
+        )
+
+    looped = test([{"x": row} for row in stacked["x"]])
+    sliced = test(stacked)
+    before = next(traces)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    scanned = test(stacked)
+    assert next(traces) - before == 2  # This count, and one trace.
+    for result in (sliced, scanned):
+        assert result.diverged == looped.diverged
+        for ours, theirs in zip(result, looped, strict=True):
+            if theirs is not None:
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_a_state_that_cannot_be_scanned_is_looped_over(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    seen = []
+
+    def step_fn(state, learning_rate, batch):
+        seen.append(float(batch))
+        return state, jnp.float32(1.0)
+
+    osc.range_test(step_fn, "name", np.arange(3.0), num_steps=4)
+    assert seen == [0.0, 1.0, 2.0, 0.0]
 
 
 # --- the caller's things --------------------------------------------------------------
@@ -323,6 +400,31 @@ def test_a_sequence_starts_again_at_its_end():
     assert seen_batches(range(3), 5) == [0, 1, 2, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "stacked",
+    [
+        np.arange(6.0).reshape(3, 2),
+        {"x": np.arange(6.0).reshape(3, 2)},
+        (np.arange(6.0).reshape(3, 2), jnp.arange(3)),
+        collections.namedtuple("Pair", "x")(np.ones((3, 2))),
+    ],
+    ids=lambda stacked: type(stacked).__name__,
+)
+def test_stacked_batches_are_taken_one_by_one(stacked):
+    for k, batch in enumerate(seen_batches(stacked, 7)):
+        jax.tree.map(
+            lambda leaf, whole, k=k: np.testing.assert_array_equal(leaf, whole[k % 3]),
+            batch,
+            stacked,
+        )
+
+
+def test_a_tuple_of_batches_is_a_sequence():
+    batches = ((np.ones(2), np.zeros(2)), (np.zeros(2), np.ones(2)))
+    seen = seen_batches(batches, 3)
+    assert [batch[0][0] for batch in seen] == [1.0, 0.0, 1.0]
+
+
 def test_an_iterator_is_consumed_and_no_further_than_needed():
     iterator = iter(range(100))
     assert seen_batches(iterator, 7) == list(range(7))
@@ -341,9 +443,9 @@ def test_an_iterator_that_runs_dry_says_after_how_many():
 
 
 def test_an_iterator_that_runs_dry_after_divergence_is_no_error():
-    losses = np.full(37, np.nan)
+    losses = np.append(1.0, np.full(36, np.nan))
     result = osc.range_test(replay(losses), jnp.int32(0), iter(range(3)))
-    assert len(result.losses) == 1
+    assert len(result.losses) == 2
 
 
 # --- suggestions ----------------------------------------------------------------------
@@ -530,3 +632,53 @@ def test_divergence_is_read_where_it_happens_on_a_real_run():
     assert result.diverged
     edge = osc.suggest_learning_rate(result, method="divergence")
     assert 1 < edge < 30
+
+
+# --- repeats --------------------------------------------------------------------------
+
+
+def repeats(count, noise=0.2):
+    x = np.log10(RATES)
+    rng = np.random.default_rng(1)
+    return [as_result(falling(x) + noise * rng.normal(size=100)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_several_results_give_the_median(method):
+    results = [r._replace(diverged=True) for r in repeats(5)]
+    single = [osc.suggest_learning_rate(r, method=method) for r in results]
+    assert osc.suggest_learning_rate(results, method=method) == sorted(single)[2]
+    assert osc.suggest_learning_rate(tuple(results), method=method) == np.median(single)
+
+
+def test_the_interval_holds_its_level_of_the_suggestions():
+    results = repeats(200)
+    single = np.array([osc.suggest_learning_rate(r) for r in results])
+    for level in (0.5, 0.9):
+        low, high = osc.suggest_interval(results, level=level)
+        inside = np.mean((low <= single) & (single <= high))
+        assert abs(inside - level) <= 0.02
+        assert abs(np.mean(single < low) - np.mean(single > high)) <= 0.02
+    assert osc.suggest_interval(results, level=1.0) == pytest.approx(
+        (single.min(), single.max())
+    )
+
+
+def test_repeats_that_diverge_at_once_are_counted_and_left_out():
+    good = repeats(3)
+    at_once = as_result([2.3, 50.0, np.inf], diverged=True)
+    rising = as_result(np.geomspace(2.3, 1e6, 100), diverged=True)
+    results = [at_once, *good, rising]
+    with pytest.warns(UserWarning, match=r"2 of 5 range tests.*rises from the start"):
+        suggested = osc.suggest_learning_rate(results)
+    assert suggested == osc.suggest_learning_rate(good)
+    with pytest.warns(UserWarning, match=r"2 of 5 range tests"):
+        interval = osc.suggest_interval(results)
+    assert interval == osc.suggest_interval(good)
+
+
+def test_held_out_losses_are_what_is_read():
+    x = np.log10(RATES)
+    better = as_result(falling(x))._replace(eval_losses=falling(x - 1))
+    training = osc.suggest_learning_rate(as_result(falling(x)))
+    assert osc.suggest_learning_rate(better) == pytest.approx(10 * training, rel=0.05)
