@@ -19,7 +19,7 @@ LAYERS = [
     {"__init__"},
     {"plotting"},
     {"_recipes"},
-    {"_sweep"},
+    {"_grid_test", "_threshold"},
     {"_suggestions"},
     {"_momentum", "_range_test", "_curvature"},
     {"_hyperparams", "_runs"},
