@@ -193,3 +193,51 @@ def divergence_step(losses, smoothing, factor, patience):
         if above == patience:
             return i + 1
     return None
+
+
+# --- curvature -----------------------------------------------------------------------
+
+
+def iteration(optimizer, step, b):
+    """One optimizer on a quadratic, ``step`` = rate times curvature, as a matrix.
+
+    It acts on the parameter and the momentum; Nesterov in the form of PyTorch.
+    """
+    if optimizer == "gd":
+        return np.array([[1 - step]])
+    gain = 1 - b if optimizer == "adam" else 1.0  # A mean of gradients, or a sum.
+    momentum = np.array([gain, b])  # Of the gradient and of the old momentum.
+    update = momentum.copy()
+    if optimizer == "nesterov":
+        update = np.array([1.0, 0.0]) + b * momentum
+    return np.array([[1.0, 0.0], momentum]) - step * np.outer([1.0, 0.0], update)
+
+
+def largest_stable_step(optimizer, b):
+    """Rate times curvature at which the spectral radius passes 1, by bisection."""
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        middle = (low + high) / 2
+        radius = np.abs(np.linalg.eigvals(iteration(optimizer, middle, b))).max()
+        low, high = (middle, high) if radius < 1 else (low, middle)
+    return low
+
+
+def spectra(n, rng):
+    """Eigenvalues of matrices as training meets them, by name."""
+    samples = rng.normal(size=(2 * n, n))
+    symmetric = rng.normal(size=(n, n))
+    cluster = np.linspace(0.0, 0.5, n)
+    cluster[-max(2, n // 20) :] = np.linspace(0.98, 1.0, max(2, n // 20))
+    spike = np.full(n, 1e-3)
+    spike[-1] = 1.0
+    return {
+        "log": np.geomspace(1e-4, 1.0, n),
+        "uniform": np.linspace(0.0, 1.0, n),
+        "wigner": np.linalg.eigvalsh((symmetric + symmetric.T) / np.sqrt(2 * n)),
+        "wishart": np.linalg.eigvalsh(samples.T @ samples / (2 * n)),
+        "cluster": cluster,
+        "spike": spike,
+        "identity": np.ones(n),
+        "negative": -np.linspace(1.0, 2.0, n),
+    }
