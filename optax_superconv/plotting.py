@@ -1,25 +1,28 @@
-"""What do the dials and the range test look like?
+"""What do the dials, the range test, the grid and the threshold look like?
 
 Needs matplotlib (``pip install 'optax-superconv[plot]'``), imported when first used.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import numpy as np
 import optax
 
 from optax_superconv import _checks
+from optax_superconv._grid_test import GridTestResult
 from optax_superconv._range_test import RangeTestResult
 from optax_superconv._suggestions import Method, smooth_curve, suggest_learning_rate
+from optax_superconv._threshold import ThresholdResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_range_test", "plot_schedule"]
+__all__ = ["plot_grid", "plot_range_test", "plot_schedule", "plot_threshold"]
 
 _MAX_POINTS = 2001
 
@@ -158,4 +161,262 @@ def plot_range_test(
             label = f"{method}: {rate:.2g}"
             ax.axvline(rate, color="C1", linestyle="--", label=label)
     ax.legend()
+    return ax
+
+
+def plot_grid(
+    result: GridTestResult,
+    ax: Axes | None = None,
+    *,
+    kind: Literal["curves", "scores"] | None = None,
+) -> Axes:
+    """Draws the curves of a grid test, or a map of its scores.
+
+    * ``"curves"``: the loss of every combination over the rate (smoothed), or over the
+      step at constant values (averaged over a twentieth of the run). Lines are coloured
+      from best to worst, and the best is drawn thick.
+    * ``"scores"``: with one axis, its scores as points; otherwise a map of the scores
+      over the first two axes of length above 1, the best marked by a star. Of further
+      axes, each cell shows the best; the title says which. Combinations that diverged
+      have no colour, and outliers the same as all scores that lie above the median by
+      twice as much as it lies above the best.
+
+    Args:
+      result: Of :func:`optax_superconv.grid_test`.
+      ax: Where to draw; None is new axes.
+      kind: ``"curves"`` or ``"scores"``; None is ``"curves"`` for one axis and
+        ``"scores"`` for more.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: For an unknown kind.
+      TypeError: If ``result`` is no grid test's.
+      ImportError: If matplotlib is missing.
+
+    Examples:
+      >>> import matplotlib
+      >>> matplotlib.use("Agg")
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> step_fn = lambda w, h, x: (w, (h["decay"] - 0.1) ** 2 + h["momentum"])
+      >>> result = osc.grid_test(
+      ...     step_fn, jnp.zeros(()), [None], mode="constant", num_steps=5,
+      ...     grid={"decay": [0.0, 0.1, 0.2], "momentum": [0.5, 0.9]})
+      >>> ax = osc.plotting.plot_grid(result)
+      >>> print(ax.get_ylabel(), "|", ax.get_xlabel())
+      decay | momentum
+    """
+    if not isinstance(result, GridTestResult):
+        raise TypeError(
+            f"`result` must be a GridTestResult, got a {type(result).__name__}."
+        )
+    if kind is not None:
+        _checks.choice("kind", kind, ["curves", "scores"])
+    long = [name for name, axis in result.axes.items() if len(axis) > 1]
+    ax = _axes(ax)
+    if kind == "curves" or (kind is None and len(long) <= 1):
+        _draw_curves(result, ax, long)
+    elif len(long) <= 1:
+        (name,) = long or list(result.axes)[:1]
+        values = result.axes[name]
+        scores = np.where(np.isfinite(result.scores), result.scores, np.nan).ravel()
+        order = values.argsort()
+        ax.plot(values[order], scores[order], color="0.75")
+        ax.plot(values, scores, "o", color="C0")
+        lowest = int(np.nanargmin(scores))
+        label = f"best: {values[lowest]:.4g}"
+        ax.plot(values[lowest], scores[lowest], "*", color="C1", ms=16, label=label)
+        ax.set_xlabel(name)
+        ax.set_ylabel("score")
+        if (values > 0).all() and values.max() > 20 * values.min():
+            ax.set_xscale("log")
+        ax.legend()
+    else:
+        _draw_map(result, ax, long[0], long[1])
+    return ax
+
+
+def _named(combination: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} = {value:.4g}" for name, value in combination.items())
+
+
+def _draw_curves(result: GridTestResult, ax: Axes, long: list[str]) -> None:
+    from matplotlib import colormaps
+
+    names = list(result.axes)
+    scores = result.scores.ravel()
+    order = scores.argsort(kind="stable")
+    colors = colormaps["viridis"](np.linspace(0.0, 0.9, len(scores)))
+    combinations = [
+        dict(zip(names, map(float, values), strict=True))
+        for values in itertools.product(*result.axes.values())
+    ]
+    curves = result.losses.reshape(len(scores), -1)
+    bottoms: list[float] = []
+    for rank, k in reversed(list(enumerate(order))):
+        losses = curves[k]
+        if result.learning_rates is None:
+            n = int(np.argmin(np.append(np.isfinite(losses), False)))
+            if n == 0:
+                continue
+            span = max(1, min(len(losses) // 20, n))
+            x = np.arange(span - 1, n)
+            y = np.convolve(losses[:n], np.full(span, 1 / span), mode="valid")
+        else:
+            try:
+                smooth = smooth_curve(result.curve(**combinations[k]))
+            except ValueError:  # Too short to smooth.
+                continue
+            x, y = 10**smooth.log_rates, smooth.values
+        label = _named({name: combinations[k][name] for name in long})
+        width, suffix = (2.5, " (best)") if rank == 0 else (1.0, "")
+        (line,) = ax.plot(x, y, color=colors[rank], linewidth=width)
+        if rank == 0 or len(scores) <= 8:
+            line.set_label((label or "loss") + suffix)
+        bottoms.append(y.min())
+        top = y[: int(y.argmin()) + 1].max()  # At last, of the best.
+    # An explosion would flatten everything else.
+    low, high = min(bottoms), top
+    if high > low:
+        ax.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
+    if result.learning_rates is None:
+        ax.set_xlabel("step")
+    else:
+        ax.set_xscale("log")
+        ax.set_xlabel("learning rate")
+    ax.set_ylabel("loss, smoothed")
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], labels[::-1], fontsize="small")
+
+
+def _draw_map(result: GridTestResult, ax: Axes, row: str, column: str) -> None:
+    names = list(result.axes)
+    others = [name for name in names if name not in (row, column)]
+    scores = np.where(np.isfinite(result.scores), result.scores, np.nan)
+    kept = [names.index(row), names.index(column)]
+    rest = tuple(k for k in range(len(names)) if k not in kept)
+    # fmin leaves out NaN, and is silent where all are.
+    values = np.fmin.reduce(scores, axis=rest) if rest else scores
+    finite = values[np.isfinite(values)]
+    # An explosion would flatten everything else.
+    top = min(finite.max(), 3 * np.median(finite) - 2 * finite.min())
+    image = ax.imshow(values, aspect="auto", origin="lower", cmap="viridis_r", vmax=top)
+    ax.set_facecolor("0.85")
+    for set_ticks, name in ((ax.set_yticks, row), (ax.set_xticks, column)):
+        set_ticks(
+            range(len(result.axes[name])), [f"{v:.4g}" for v in result.axes[name]]
+        )
+    ax.set_ylabel(row)
+    ax.set_xlabel(column)
+    middle = (finite.min() + top) / 2
+    for (i, j), value in np.ndenumerate(values):
+        shown = f"{value:.3g}" if np.isfinite(value) else "diverged"
+        dark = value > middle
+        ax.text(j, i, shown, ha="center", va="center", color="w" if dark else "k")
+    i, j = (
+        int(np.flatnonzero(result.axes[name] == result.best[name])[0])
+        for name in (row, column)
+    )
+    ax.plot(j, i + 0.28, "*", color="C1", markeredgecolor="k", ms=14)
+    long = [name for name in others if len(result.axes[name]) > 1]
+    if long:
+        best = _named({name: result.best[name] for name in long})
+        ax.set_title(f"lowest over {', '.join(long)}; star: {best}", fontsize="medium")
+    extend = "max" if top < finite.max() else "neither"
+    ax.figure.colorbar(image, ax=ax, label="score", extend=extend)
+
+
+_REGIME_COLORS = {
+    "too slow": "0.6",
+    "1": "C0",
+    "2": "C2",
+    "2A": "C2",
+    "2B": "C4",
+    "3": "C3",
+}
+
+
+def plot_threshold(result: ThresholdResult, ax: Axes | None = None) -> Axes:
+    """Draws the end loss over the rate, the regimes, and the threshold.
+
+    Both axes are logarithmic where all losses are above 0. Runs that diverged stand as
+    crosses at the upper edge. Where there was fine-tuning, hollow points show its end
+    losses.
+
+    Args:
+      result: Of :func:`optax_superconv.convergence_threshold`.
+      ax: Where to draw; None is new axes.
+
+    Returns:
+      The axes.
+
+    Raises:
+      TypeError: If ``result`` is no threshold's.
+      ImportError: If matplotlib is missing.
+
+    Examples:
+      >>> import matplotlib
+      >>> matplotlib.use("Agg")
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> @jax.jit
+      ... def step_fn(w, learning_rate, batch):
+      ...     loss, grad = jax.value_and_grad(lambda w: (w**2).sum())(w)
+      ...     return w - learning_rate * grad, loss
+      >>> result = osc.convergence_threshold(step_fn, jnp.ones(2), [None], num_steps=50)
+      >>> print(osc.plotting.plot_threshold(result).get_xlabel())
+      learning rate
+    """
+    if not isinstance(result, ThresholdResult):
+        raise TypeError(
+            f"`result` must be a ThresholdResult, got a {type(result).__name__}."
+        )
+    ax = _axes(ax)
+    rates, ends = result.rates, result.end_losses
+    first = float(result.losses[0, 0])
+    tuned = np.full(len(rates), np.nan)
+    if result.finetuned_losses is not None:
+        tail = max(1, result.finetuned_losses.shape[1] // 10)
+        tuned = result.finetuned_losses[:, -tail:].mean(axis=1)
+    logarithmic = first > 0 and np.nanmin(ends) >= 0 and result.target_loss > 0
+    # What lies far below the target or above the first loss is drawn at the edges.
+    if logarithmic:
+        fall = first / result.target_loss
+        low, high = result.target_loss / fall**2, first * fall**0.5
+        ax.set_yscale("log")
+        ax.set_ylim(low / fall**0.15, high * fall**0.15)
+    else:
+        fall = first - result.target_loss
+        low, high = result.target_loss - fall, first + fall
+        ax.set_ylim(low - 0.1 * fall, high + 0.1 * fall)
+    above = ~(ends <= high)
+    shown = np.clip(np.where(above, high, ends), low, high)
+    ax.plot(rates, shown, color="0.8", zorder=1)
+    regimes = np.array(result.regimes)
+    for regime, color in _REGIME_COLORS.items():
+        for marker, these in (("o", ~above), ("x", above)):
+            at = (regimes == regime) & these
+            name = f"regime {regime}" if regime[0] in "123" else regime
+            label = name if at.any() and (marker == "o" or not (
+                (regimes == regime) & ~above).any()) else None  # fmt: skip
+            ax.plot(rates[at], shown[at], marker, color=color, label=label)
+    if np.isfinite(tuned).any():
+        at = np.isfinite(tuned)
+        values = np.clip(tuned[at], low, high)
+        ax.plot(rates[at], values, "o", mfc="none", color="k", label="fine-tuned")
+    ax.axhline(result.target_loss, color="0.5", linestyle=":", label="target")
+    ax.axvline(
+        result.threshold,
+        color="C1",
+        linestyle="--",
+        label=f"threshold: {result.threshold:.3g}",
+    )
+    ax.axvspan(*result.suggested_band, color="C1", alpha=0.2, label="suggested band")
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("end loss")
+    ax.legend(fontsize="small")
     return ax

@@ -98,3 +98,155 @@ def test_progress_says_which_extra_is_missing(monkeypatch):
 def test_progress_counts_the_steps(capsys):
     osc.range_test(lambda s, r, b: (s, 1.0), 0, [None], num_steps=20, progress=True)
     assert "100%" in capsys.readouterr().out
+
+
+# --- the grid and the threshold -------------------------------------------------------
+
+
+def grid_result(mode="range", num_steps=30, **axes):
+    """Losses that fall by the sum of the hyperparameters; those below 0 diverge."""
+
+    def step_fn(step, hyperparams, batch):
+        values = [float(v) for k, v in hyperparams.items() if k != "learning_rate"]
+        bad = min(values) < 0 and step > 3
+        return step + 1, np.nan if bad else 9.0 - sum(values) * min(step / 10, 1)
+
+    return osc.grid_test(
+        step_fn, 0, [None], grid=axes, mode=mode, num_steps=num_steps, vectorize=False
+    )
+
+
+@pytest.mark.parametrize("mode", ["range", "constant"])
+def test_draws_the_curve_of_every_combination(mode):
+    ax = osc.plotting.plot_grid(grid_result(mode, a=[1.0, 3.0, 2.0]))
+    assert [line.get_linewidth() for line in ax.get_lines()].count(2.5) == 1
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["a = 3 (best)", "a = 2", "a = 1"]
+    assert ax.get_xscale() == ("log" if mode == "range" else "linear")
+    ends = [line.get_ydata()[-1] for line in ax.get_lines()]
+    np.testing.assert_allclose(ends, [8.0, 7.0, 6.0], atol=0.3)
+    low, high = ax.get_ylim()
+    assert 5 < low < 6.1
+    assert 9 <= high < 11
+
+
+@pytest.mark.parametrize("mode", ["range", "constant"])
+def test_draws_curves_of_which_some_diverged(mode):
+    result = grid_result(mode, a=[-1.0, 1.0, 2.0])
+    assert result.diverged.tolist() == [True, False, False]
+    ax = osc.plotting.plot_grid(result)
+    assert len(ax.get_lines()) == (2 if mode == "range" else 3)
+    assert ax.get_ylim()[1] < 12
+
+
+def test_many_curves_name_the_best_alone():
+    result = grid_result(a=[1.0, 2.0, 3.0], b=[0.0, 0.5, 1.0])
+    ax = osc.plotting.plot_grid(result, kind="curves")
+    assert len(ax.get_lines()) == 9
+    (text,) = ax.get_legend().get_texts()
+    assert text.get_text() == "a = 3, b = 1 (best)"
+
+
+def test_draws_the_scores_of_one_axis():
+    result = grid_result("constant", a=[3.0, -1.0, 1.0], b=[0.5])
+    line, points, star = osc.plotting.plot_grid(result, kind="scores").get_lines()
+    np.testing.assert_array_equal(points.get_xdata(), [3.0, -1.0, 1.0])
+    np.testing.assert_array_equal(points.get_ydata(), [5.5, np.nan, 7.5])
+    np.testing.assert_array_equal(line.get_xdata(), [-1.0, 1.0, 3.0])
+    np.testing.assert_array_equal(star.get_xydata(), [[3.0, 5.5]])
+
+
+def test_draws_a_map_of_two_axes_with_the_best_marked():
+    result = grid_result("constant", a=[1.0, 2.0], one=[0.5], b=[0.0, 1.0, -1.0])
+    ax = osc.plotting.plot_grid(result)
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("a", "b")
+    (image,) = ax.get_images()
+    expected = [[7.5, 6.5, np.nan], [6.5, 5.5, np.nan]]
+    np.testing.assert_allclose(image.get_array().filled(np.nan), expected)
+    assert [t.get_text() for t in ax.texts].count("diverged") == 2
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1", "-1"]
+    (star,) = ax.get_lines()
+    assert np.round(star.get_xydata()).tolist() == [[1, 1]]
+    assert ax.get_title() == ""
+
+
+def test_a_map_of_three_axes_shows_the_best_of_the_third():
+    result = grid_result("constant", a=[1.0, 2.0], b=[0.0, 1.0], c=[0.5, 0.0])
+    ax = osc.plotting.plot_grid(result)
+    expected = [[7.5, 6.5], [6.5, 5.5]]
+    np.testing.assert_allclose(ax.get_images()[0].get_array(), expected)
+    assert ax.get_title() == "lowest over c; star: c = 0.5"
+
+
+def test_an_exploded_score_leaves_the_others_their_colours():
+    result = grid_result("constant", a=[1.0, 2.0], b=[0.0, 1.0])
+    result.scores[0, 0] = 1e9
+    assert osc.plotting.plot_grid(result).get_images()[0].get_clim() == (6.0, 9.0)
+
+
+def threshold_result(**options):
+    return osc.convergence_threshold(
+        lambda w, rate, batch: (w - 2 * rate * w, float(w) ** 2),
+        1.0,
+        [None],
+        num_steps=40,
+        num_rates=8,
+        **options,
+    )
+
+
+def test_draws_the_end_losses_by_regime_and_the_threshold():
+    result = threshold_result()
+    ax = osc.plotting.plot_threshold(result)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    drawn = np.concatenate(
+        [line.get_xdata() for line in ax.get_lines() if line.get_linestyle() == "None"]
+    )
+    assert sorted(drawn) == sorted(result.rates)
+    marks = [
+        line.get_xdata()[0]
+        for line in ax.get_lines()
+        if len(line.get_xdata()) == 2 and line.get_linestyle() == "--"
+    ]
+    assert marks == [result.threshold]
+    labels = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert labels >= {"too slow", "regime 1", "regime 3", "target", "suggested band"}
+    low, high = ax.get_ylim()
+    assert low < result.target_loss < 1.0 < high < 100
+    for line in ax.get_lines():
+        assert np.isfinite(line.get_ydata()).all()
+
+
+def test_draws_losses_below_zero_and_fine_tuning():
+    result = threshold_result(finetune_rate=0.1)
+    labels = {
+        text.get_text()
+        for text in osc.plotting.plot_threshold(result).get_legend().get_texts()
+    }
+    assert "fine-tuned" in labels
+    shifted = result._replace(
+        losses=result.losses - 1, end_losses=result.end_losses - 1, target_loss=-0.9
+    )
+    ax = osc.plotting.plot_threshold(shifted)
+    assert ax.get_yscale() == "linear"
+    low, high = ax.get_ylim()
+    assert low < -0.9 < 0.0 < high < 2
+
+
+def test_draws_grid_and_threshold_in_the_axes_they_are_given():
+    for plot, result in (
+        (osc.plotting.plot_grid, grid_result(a=[1.0, 2.0])),
+        (osc.plotting.plot_grid, grid_result(a=[1.0, 2.0], b=[1.0, 2.0])),
+        (osc.plotting.plot_threshold, threshold_result()),
+    ):
+        _, ax = plt.subplots()
+        assert plot(result, ax) is ax
+
+
+def test_what_grid_and_threshold_plots_refuse():
+    with pytest.raises(TypeError, match="`result` must be a GridTestResult, got a lis"):
+        osc.plotting.plot_grid([])
+    with pytest.raises(TypeError, match="`result` must be a ThresholdResult, got a l"):
+        osc.plotting.plot_threshold([])
+    with pytest.raises(ValueError, match="`kind` must be one of 'curves', 'scores'"):
+        osc.plotting.plot_grid(grid_result(a=[1.0]), kind="surface")
