@@ -9,8 +9,8 @@ and :func:`stability_limit` says what the optimizer makes of it.
 
 The limit holds here and now: training makes the loss as sharp as the rate permits (the
 edge of stability), and a rate up to twice the limit of gradient descent may throw the
-parameters to a flatter place rather than away (the catapult). So it is worth logging
-along a run, and it is no bound on the rate to train at.
+parameters to a flatter place rather than away (the catapult). So log it along a run; it
+is no bound on the rate to train at.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _like(params: dict[str, Any], name: str, tree: Any, params_name: str) -> Vec
             for where in (params, found)
         )
         rule = f"a pytree like `{params_name}`, with {wanted} at {path}"
-        _checks.require(got == wanted, name, rule, got)
+        _checks.require(wanted == got, name, rule, got)
     return [found[path] for path in params]
 
 
@@ -112,8 +112,8 @@ def _lanczos(
     num_iterations: int,
 ) -> SharpnessResult:
     """Of the top eigenvalue; ``arrays`` has None where ``constants`` has a leaf."""
-    where = treedef.unflatten(range(treedef.num_leaves))
-    where = [k for k in jax.tree.leaves(where[0]) if _is_parameter(arrays[k])]
+    places = jax.tree.leaves(treedef.unflatten(range(treedef.num_leaves))[0])
+    where = [k for k in places if _is_parameter(arrays[k])]
     start = [_widen(arrays[k]) for k in where]
 
     def loss(theta: Vector) -> jax.Array:
@@ -172,11 +172,8 @@ def _lanczos(
     # Rows after the end of the space get the least value that an eigenvalue can have.
     ended = jnp.cumsum(done) - done > 0
     least = -jnp.max(jnp.abs(alphas) + 2 * betas)
-    tridiagonal = (
-        jnp.diag(jnp.where(ended, least, alphas))
-        + jnp.diag(betas[:-1], 1)
-        + jnp.diag(betas[:-1], -1)
-    )
+    beside = jnp.diag(betas[:-1], 1)
+    tridiagonal = jnp.diag(jnp.where(ended, least, alphas)) + beside + beside.T
     values, vectors = jnp.linalg.eigh(tridiagonal)
     return SharpnessResult(values[-1], betas[-1] * jnp.abs(vectors[-1, -1]))
 
@@ -200,23 +197,20 @@ def sharpness(
     is compiled once per ``loss_fn``: define that function once, and give the batch
     in ``args``. It holds ``num_iterations`` copies of the parameters, in float32.
 
-    Adam's steps see :math:`P^{-1/2} H P^{-1/2}`, and :math:`P` is what it divides by.
-    That is, from any state with :func:`scale_by_scheduled_adam` in it, such as that of
-    :func:`onecycle_adamw`::
+    Adam's steps see :math:`P^{-1/2} H P^{-1/2}`, with :math:`P` what it divides by::
 
+        # Of any state with scale_by_scheduled_adam in it, such as onecycle_adamw's:
         adam = optax.tree.get(state, "ScaleByScheduledAdamState")
         nu_hat = jax.tree.map(lambda nu: nu / adam.nu_weight, adam.nu)
-        preconditioner = jax.tree.map(lambda nu: jnp.sqrt(nu) + eps, nu_hat)
-
-    and from any state with ``optax.scale_by_adam`` in it::
-
+        # Or, of any state with optax.scale_by_adam in it:
         adam = optax.tree.get(state, "ScaleByAdamState")
         nu_hat = optax.tree.bias_correction(adam.nu, b2, adam.count)
+        # And then:
         preconditioner = jax.tree.map(lambda nu: jnp.sqrt(nu) + eps, nu_hat)
 
     Args:
-      loss_fn: ``(params, *args) -> loss``, a real number, twice differentiable. It is
-        the loss of a batch, and its noise is that batch's: the larger, the better.
+      loss_fn: ``(params, *args) -> loss``, a real number, twice differentiable. The
+        larger its batch, the less noise.
       params: Any pytree. Its floating-point arrays are the parameters; other leaves,
         Python numbers among them, are held fixed.
       args: Passed on to ``loss_fn``; what is not an array must be hashable.
@@ -265,11 +259,10 @@ def sharpness(
     divisors = None
     if preconditioner is not None:
         divisors = _like(found, "preconditioner", preconditioner, "params")
-        for path, divisor in zip(found, divisors, strict=True):
+        for divisor in divisors:
             if not isinstance(divisor, jax.core.Tracer) and divisor.size:
                 least = float(jnp.min(divisor))
-                rule = f"positive, at {path} too"
-                _checks.require(least > 0, "preconditioner", rule, least)
+                _checks.require(least > 0, "preconditioner", "positive", least)
     leaves, treedef = jax.tree.flatten((params, args))
     return _lanczos(
         [leaf if _is_array(leaf) else None for leaf in leaves],
@@ -318,7 +311,6 @@ def stability_limit(
 
     Raises:
       ValueError: If the optimizer is unknown, or ``momentum`` is outside [0, 1).
-      TypeError: If an argument is not a number or an array of numbers.
 
     Examples:
       >>> import optax_superconv as osc
@@ -329,19 +321,17 @@ def stability_limit(
 
     References:
       Cohen et al., `Gradient descent on neural networks typically occurs at the edge of
-      stability <https://arxiv.org/abs/2103.00065>`_, 2021 (appendix B); Cohen et al.,
-      `Adaptive gradient methods at the edge of stability
-      <https://arxiv.org/abs/2207.14484>`_, 2022; Lewkowycz et al., `The large learning
-      rate phase of deep learning <https://arxiv.org/abs/2003.02218>`_, 2020 (catapult).
+      stability <https://arxiv.org/abs/2103.00065>`_, 2021, and `Adaptive gradient
+      methods at the edge of stability <https://arxiv.org/abs/2207.14484>`_, 2022;
+      Lewkowycz et al., `The large learning rate phase of deep learning
+      <https://arxiv.org/abs/2003.02218>`_, 2020 (the catapult).
     """
     _checks.choice("optimizer", optimizer, get_args(Optimizer))
     _checks.number("momentum", momentum, _checks.DECAY_RULE, _checks.decay_rate)
     top: Any = sharpness.value if isinstance(sharpness, SharpnessResult) else sharpness
     if isinstance(top, bool) or not (isinstance(top, int | float) or _is_array(top)):
-        raise TypeError(
-            "`sharpness` must be a number, an array or a SharpnessResult, got "
-            f"{top!r} of type {type(top).__name__}."
-        )
+        rule = "a number, an array or a SharpnessResult"
+        raise TypeError(f"`sharpness` must be {rule}, got {top!r}.")
     b: Any = momentum
     limit = {
         "gd": 2.0,
@@ -382,7 +372,6 @@ def hessian_free_rate(
 
     Raises:
       ValueError: If ``learning_rate`` is not positive, or the trees are not alike.
-      TypeError: If ``learning_rate`` is not a number.
 
     Examples:
       >>> import jax.numpy as jnp

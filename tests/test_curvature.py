@@ -218,6 +218,15 @@ def test_leaves_that_are_no_parameters_are_held_fixed():
     np.testing.assert_allclose(value, 6.0, rtol=1e-5)
 
 
+def test_the_loss_sees_parameters_in_their_own_dtype():
+    def loss_fn(params):
+        assert params.dtype == jnp.bfloat16
+        return jnp.sum(params**2)
+
+    value, _ = osc.sharpness(loss_fn, jnp.ones(3, jnp.bfloat16))
+    np.testing.assert_allclose(value, 2.0, rtol=0.01)
+
+
 def test_flax_and_equinox_models():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)), jnp.float32)
     # A linear layer under the mean square: twice the second moments of (x, 1).
