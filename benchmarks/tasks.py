@@ -60,10 +60,11 @@ def conv_3x3(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.
         return lax.conv_general_dilated(x, kernel, *args, **kwargs)
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return sum(
+    products = [
         padded[:, i : i + height, j : j + width] @ kernel[i, j]
         for i, j in itertools.product(range(3), repeat=2)
-    )
+    ]
+    return functools.reduce(jnp.add, products)
 
 
 def conv(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Conv:
@@ -356,7 +357,7 @@ def digits_autoencoder() -> Task:
         squared_error,
         *parts,
         64,
-        2000,
+        1000,
     )
 
 
@@ -387,7 +388,9 @@ def sums_transformer() -> Task:
     )
 
 
-def regression(name: str, inputs: Any, targets: Any, num_train: int) -> Task:
+def regression(
+    name: str, inputs: Any, targets: Any, num_train: int, num_steps: int
+) -> Task:
     inputs = StandardScaler().fit_transform(inputs)
     targets = StandardScaler().fit_transform(targets[:, None])
     return Task(
@@ -396,17 +399,18 @@ def regression(name: str, inputs: Any, targets: Any, num_train: int) -> Task:
         squared_error,
         *split(inputs, targets, num_train),
         32,
-        2000,
+        num_steps,
     )
 
 
 def friedman_mlp() -> Task:
     inputs, targets = datasets.make_friedman1(1500, noise=1.0, random_state=0)
-    return regression("Friedman 1, MLP", inputs, targets, 1000)
+    return regression("Friedman 1, MLP", inputs, targets, 1000, 1000)
 
 
 def diabetes_mlp() -> Task:
-    return regression("diabetes, MLP", *datasets.load_diabetes(return_X_y=True), 300)
+    inputs, targets = datasets.load_diabetes(return_X_y=True)
+    return regression("diabetes, MLP", inputs, targets, 300, 300)
 
 
 def cancer_linear() -> Task:
@@ -418,7 +422,7 @@ def cancer_linear() -> Task:
         cross_entropy,
         *split(inputs, targets, 300),
         32,
-        1000,
+        300,
     )
 
 
@@ -429,7 +433,7 @@ def least_squares() -> Task:
         squared_error,
         *split(*ill_conditioned(1500, 20), 1000),
         32,
-        2000,
+        1000,
     )
 
 
@@ -455,18 +459,20 @@ class Training(NamedTuple):
     Attributes:
       start: ``seed -> state``, of parameters, the network's other state, and the
         optimizer's.
+      loss_fn: ``(params, other, batch) -> loss``, of a network that trains.
       step: ``(state, rate, batch) -> (state, loss)``, jitted.
       run: ``(state, rate, indices, seed) -> (state, losses)``: one jitted scan of the
-        step over (n, batch) indices of examples, augmented.
+        step over (n, batch_size) indices of examples, augmented.
       held_out_loss: ``state -> loss`` on what is held out, jitted.
-      batches: ``(seed) -> iterator`` of the batches that ``run`` sees, not augmented.
+      batches: ``(seed, count) -> list`` of the batches that ``run`` sees.
     """
 
     start: Callable[[int], Any]
+    loss_fn: Callable[[Any, Any, Batch], jax.Array]
     step: Callable[[Any, Any, Batch], tuple[Any, jax.Array]]
     run: Callable[[Any, Any, Any, Any], tuple[Any, jax.Array]]
     held_out_loss: Callable[[Any], jax.Array]
-    batches: Callable[[int], Iterator[Batch]]
+    batches: Callable[[int, int], list[Batch]]
 
 
 def batch_indices(task: Task, num_steps: int, seed: int) -> np.ndarray:
@@ -493,30 +499,32 @@ def make_training(task: Task, make_tx: Callable[[Any], Any]) -> Training:
         _, params, other = nnx.split(build(seed), nnx.Param, ...)
         return params, other, make_tx(1.0).init(params)
 
+    def loss_and_other(params: Any, other: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graph, params, other, copy=True)
+        loss = task.loss_fn(model, batch)
+        return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+    def loss_fn(params: Any, other: Any, batch: Batch) -> jax.Array:
+        return loss_and_other(params, other, batch)[0]
+
     @jax.jit
     def step(state: Any, rate: Any, batch: Batch) -> tuple[Any, jax.Array]:
         params, other, opt_state = state
-
-        def loss_fn(params: Any) -> Any:
-            model = nnx.merge(graph, params, other, copy=True)
-            loss = task.loss_fn(model, batch)
-            return loss, nnx.state(model, nnx.Not(nnx.Param))
-
-        (loss, other), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        grad_fn = jax.value_and_grad(loss_and_other, has_aux=True)
+        (loss, other), grads = grad_fn(params, other, batch)
         updates, opt_state = make_tx(rate).update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), other, opt_state), loss
 
-    def gather(indices: Any) -> Batch:
-        return tuple(array[indices] for array in task.train)  # type: ignore[return-value]
+    @jax.jit
+    def gather(indices: Any, key: jax.Array) -> Batch:
+        inputs, targets = (array[indices] for array in task.train)
+        batch = inputs, targets
+        return batch if task.augment is None else task.augment(key, batch)
 
     @jax.jit
     def run(state: Any, rate: Any, indices: Any, seed: Any) -> tuple[Any, jax.Array]:
         def body(state: Any, scanned: Any) -> tuple[Any, jax.Array]:
-            indices, key = scanned
-            batch = gather(indices)
-            if task.augment is not None:
-                batch = task.augment(key, batch)
-            return step(state, rate, batch)
+            return step(state, rate, gather(*scanned))
 
         keys = jax.random.split(jax.random.key(seed), len(indices))
         return lax.scan(body, state, (indices, keys))
@@ -527,10 +535,9 @@ def make_training(task: Task, make_tx: Callable[[Any], Any]) -> Training:
         model.eval()
         return task.loss_fn(model, task.held_out)
 
-    def batches(seed: int) -> Iterator[Batch]:
-        for epoch in itertools.count():
-            epoch_steps = len(task.train[1]) // task.batch_size
-            for indices in batch_indices(task, epoch_steps, seed + 1000 * epoch):
-                yield gather(indices)
+    def batches(seed: int, count: int) -> list[Batch]:
+        keys = jax.random.split(jax.random.key(seed), count)
+        indices = batch_indices(task, count, seed)
+        return [gather(*pair) for pair in zip(indices, keys, strict=True)]
 
-    return Training(start, step, run, held_out_loss, batches)
+    return Training(start, loss_fn, step, run, held_out_loss, batches)

@@ -290,7 +290,8 @@ def _compare(
     if ladder is None:
         scores = np.where(diverged, np.inf, tail.mean(axis=1))
     else:
-        for k, curve in enumerate([_curve(row, ladder) for row in losses]):
+        for k in np.flatnonzero(np.isfinite(losses[:, 0])):
+            curve = _curve(losses[k], ladder)
             losses[k, len(curve.losses) :] = np.nan
             diverged[k] = curve.diverged
             try:

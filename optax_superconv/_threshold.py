@@ -195,7 +195,8 @@ def convergence_threshold(
         with ``finetune_rate`` the end of every run is kept, about 6 more.
       batches: A sequence or a stacked pytree starts at its beginning for every run, so
         that all rates see the same batches. An iterator is drawn on: the ladder's runs
-        share its batches, each run of the bisection takes ``num_steps`` new ones.
+        share its batches, each run of the bisection takes ``num_steps`` new ones, and
+        so does the fine-tuning.
       num_steps: Steps of each run, at least 2.
       bounds: The lowest and the highest rate of the ladder, both above 0.
       target_loss: The end loss that counts as converged, below the first loss; None

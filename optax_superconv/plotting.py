@@ -102,7 +102,7 @@ def plot_range_test(
     result: RangeTestResult,
     ax: Axes | None = None,
     *,
-    method: Method | None = "valley",
+    method: Method | None = "knee",
 ) -> Axes:
     """Draws the losses of a range test over the rate, and a suggestion.
 

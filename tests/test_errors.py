@@ -284,7 +284,7 @@ BAD_VALUES = [
     (
         lambda: suggest(method="slide"),
         "method",
-        "one of 'valley', 'steepest', 'minimum', 'divergence'",
+        "one of 'knee', 'valley', 'steepest', 'minimum', 'divergence'",
         "'slide'",
     ),
     (

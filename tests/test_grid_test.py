@@ -155,21 +155,23 @@ def test_a_plain_function_is_traced_once_too(vectorize):
     assert next(traces) == 1
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
-def test_python_numbers_in_state_and_batch_do_not_trace_again(vectorize):
+@pytest.mark.parametrize("vectorize", [True, "auto"])
+def test_python_numbers_in_state_and_batch_are_traced_once_too(vectorize):
     traces = itertools.count()
 
     @jax.jit
     def step_fn(state, hyperparams, batch):
         next(traces)
-        return {"w": state["w"] * 1.0, "n": state["n"] + 1}, hyperparams["a"] * batch
+        return {"w": state["w"] * 1.0, "n": 7}, hyperparams["a"] * batch * state["w"]
 
-    state = {"w": jnp.float32(1.0), "n": jnp.int32(0)}
-    grid = {"a": [1.0, 2.0]}
-    run(step_fn=step_fn, state=state, batches=[2.0], grid=grid, vectorize=vectorize)
+    result = run(
+        step_fn=step_fn,
+        state={"w": 1.0, "n": 0},
+        batches=[2.0],
+        grid={"a": [1.0, 2.0]},
+        vectorize=vectorize,
+    )
     assert next(traces) == 1
-    state = {"w": 1.0, "n": 0}
-    result = run(step_fn=step_fn, state=state, batches=[2.0], grid=grid, vectorize=True)
     np.testing.assert_array_equal(result.losses[:, 0], [2.0, 4.0])
 
 
@@ -694,9 +696,12 @@ def test_the_wrong_kind_is_named(options, argument, kind):
     assert kind in str(error.value)
 
 
-def test_a_first_loss_that_only_some_members_lack_is_theirs():
-    result = replay([[np.nan] * 30, [1.0] * 30], mode="constant")
+@pytest.mark.parametrize("mode", ["range", "constant"])
+def test_a_first_loss_that_only_some_members_lack_is_theirs(mode):
+    result = replay([[np.nan] * 30, np.linspace(2, 1, 30)], mode=mode)
     assert result.diverged.tolist() == [True, False]
+    assert result.best == {"k": 1.0}
+    assert np.isnan(result.losses[0]).all()
 
 
 def test_a_curve_is_asked_for_by_all_of_its_values():

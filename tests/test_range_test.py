@@ -463,7 +463,7 @@ def as_result(losses, rates=RATES, diverged=False):
     return osc.RangeTestResult(rates, np.asarray(losses), np.asarray(losses), diverged)
 
 
-METHODS = ("valley", "steepest", "minimum", "divergence")
+METHODS = ("knee", "valley", "steepest", "minimum", "divergence")
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -474,10 +474,15 @@ def test_suggestions_on_a_known_curve(scale, shift):
     result = as_result(scale * (falling(x) + shift), diverged=True)
     fine = np.linspace(-7, 1, 100_001)
     lowest = fine[falling(fine).argmin()]
-    half = (falling(-7) + falling(lowest)) / 2
-    halfway = fine[np.flatnonzero(falling(fine) > half)]
+    before = fine[fine < lowest]
+
+    def fallen(fraction):
+        level = falling(-7) + fraction * (falling(lowest) - falling(-7))
+        return before[falling(before) > level][-1]
+
     known = {
-        "valley": halfway[halfway < lowest][-1],
+        "knee": fallen(0.8),
+        "valley": fallen(0.5),
         "steepest": -2.5,
         "minimum": lowest - 1,
         "divergence": fine[np.flatnonzero(falling(fine) <= falling(-7))][-1],
@@ -498,7 +503,8 @@ def test_the_default_is_steady_under_noise(noise):
         suggested.append(osc.suggest_learning_rate(as_result(noisy)))
     low, median, high = np.percentile(suggested, [5, 50, 95])
     assert high / low <= 2
-    assert 1e-4 < median < 0.1
+    # Between a tenth and nine tenths of the noiseless fall.
+    assert 4e-4 < median < 0.035
 
 
 def test_a_suggestion_does_not_depend_on_the_running_average():
@@ -520,7 +526,7 @@ def test_what_is_not_finite_is_ignored(method, bad):
     ) == osc.suggest_learning_rate(as_result(clean, diverged=True), method=method)
 
 
-@pytest.mark.parametrize("method", ["valley", "steepest", "minimum"])
+@pytest.mark.parametrize("method", ["knee", "valley", "steepest", "minimum"])
 def test_an_explosion_does_not_reach_back(method):
     """Losses of 1e30 from 2 on move it by less than the kernel is wide."""
     x = np.log10(RATES)
@@ -529,16 +535,16 @@ def test_an_explosion_does_not_reach_back(method):
         osc.suggest_learning_rate(as_result(losses), method=method)
         for losses in (wild, falling(x))
     )
-    assert abs(np.log10(suggested / expected)) < 0.35
+    assert abs(np.log10(suggested / expected)) < 0.5
 
 
-@pytest.mark.parametrize("method", ["valley", "steepest", "minimum"])
+@pytest.mark.parametrize("method", ["knee", "valley", "steepest", "minimum"])
 def test_a_curve_that_only_falls_has_a_suggestion(method):
     result = as_result(2.0 - np.linspace(0, 1, 100))
     assert RATES[0] < osc.suggest_learning_rate(result, method=method) <= RATES[-1]
 
 
-@pytest.mark.parametrize("method", ["valley", "steepest", "minimum"])
+@pytest.mark.parametrize("method", ["knee", "valley", "steepest", "minimum"])
 @pytest.mark.parametrize(
     ("losses", "advice"),
     [
@@ -679,6 +685,6 @@ def test_repeats_that_diverge_at_once_are_counted_and_left_out():
 
 def test_held_out_losses_are_what_is_read():
     x = np.log10(RATES)
-    better = as_result(falling(x))._replace(eval_losses=falling(x - 1))
+    sooner = as_result(falling(x))._replace(eval_losses=falling(x + 1))
     training = osc.suggest_learning_rate(as_result(falling(x)))
-    assert osc.suggest_learning_rate(better) == pytest.approx(10 * training, rel=0.05)
+    assert osc.suggest_learning_rate(sooner) == pytest.approx(training / 10, rel=0.1)

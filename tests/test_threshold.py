@@ -363,12 +363,16 @@ def test_stacked_batches_start_again_as_well():
     np.testing.assert_array_equal(stacked.losses, listed.losses)
 
 
-def test_an_iterator_is_drawn_on():
+@pytest.mark.parametrize(("finetune_rate", "more"), [(None, 0), (1e-4, 1)])
+def test_an_iterator_is_drawn_on(finetune_rate, more):
     iterator = itertools.count()
-    result = run(batches=iterator)
+    step_fn, state = finetunable()
+    result = run(
+        step_fn=step_fn, state=state, batches=iterator, finetune_rate=finetune_rate
+    )
     num_bisections = len(result.rates) - 16
     assert num_bisections >= 5
-    assert next(iterator) == 50 * (1 + num_bisections)
+    assert next(iterator) == 50 * (1 + num_bisections + more)
 
 
 def test_an_iterator_that_runs_dry_says_after_how_many():
