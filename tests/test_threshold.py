@@ -185,6 +185,7 @@ def ladder_labels(result, num_rates):
         ([0.9, 0.3, 0.0, 0.0, np.nan, np.inf, 0.99], "s s 1 1 3 3 3", -1),
         # One rate between that misses the target does not end the interval.
         ([0.9, 0.0, 0.3, 0.0, 0.0, 0.3, 2.0], "s 1 2 1 1 2 3", 0),
+        ([0.9, 0.0, 0.3, 0.05, 0.05, 0.3, 2.0], "s 1 2 1 1 2 3", 0),
         # A rate that converges beyond two that do not is luck.
         ([0.9, 0.0, 0.0, 0.3, 0.3, 0.05, 2.0], "s 1 1 2 2 1 3", -2),
         # And so is one below.
@@ -553,8 +554,13 @@ def test_the_wrong_kind_is_named(options, argument, kind):
 
 
 def test_a_lowest_rate_may_converge_where_the_target_is_given():
-    result = run(**replaced(0.0, 0.0, 0.5, 0.5, 0.5, 0.5), target_loss=0.1)
+    result = run(**replaced(0.0, 0.05, 0.5, 0.5, 0.5, 0.5), target_loss=0.1)
     assert result.regimes[0] == "1"
+    assert result.threshold == pytest.approx(1e-3, rel=0.02)
+
+
+def test_a_lowest_rate_may_be_the_best_by_a_hair():
+    result = run(**replaced(0.0, 1e-4, 0.5, 0.5, 0.5, 0.5))
     assert result.threshold == pytest.approx(1e-3, rel=0.02)
 
 
