@@ -1,7 +1,7 @@
 """How are numbers measured, shown and kept? Shared by all benchmarks.
 
-What is trained stands in ``tasks``. Run as a script, this writes the table of all claims
-that ``benchmarks/README.md`` is::
+What is trained stands in ``tasks``. Run as a script, this writes the table of all
+claims that ``benchmarks/README.md`` is::
 
     python benchmarks/harness.py
 """
@@ -202,8 +202,8 @@ def report(
 ) -> None:
     """Prints the rows as a table, and stores them with evidence and environment.
 
-    ``claim`` is a row of ``benchmarks/README.md``: its question, arms, steps, mean ± std
-    (n), cost and command.
+    ``claim`` is a row of ``benchmarks/README.md``: its question, arms, steps, mean ±
+    std (n), cost and command.
     """
     console = Console(width=150)
     where = environment()

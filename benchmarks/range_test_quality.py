@@ -5,18 +5,17 @@ quarter of a decade apart, from several seeds. A rule reads a rate off a probe o
 same task; its regret is the held-out loss of one cycle at that rate over that at the
 best of the 17, both means over the seeds, interpolated in the logs between rates. A run
 that diverged, and a probe that suggests nothing, count as the untrained network. Half
-of the tasks chose the default of ``suggest_learning_rate`` (its constants were fitted to
-them); the other half report what it is worth.
+of the tasks chose the default of ``suggest_learning_rate`` (its constants were fitted
+to them); the other half report what it is worth.
 
     python benchmarks/range_test_quality.py [--smoke] [--data CIFAR10] [--out FOLDER]
 
 About 25 minutes on two cores with CIFAR-10, 15 without; what an interruption leaves is
 not run again. The rules of fast.ai are transcribed from its ``callback.schedule``, with
-its own ladder, smoothing and trimming. The probes' steps are not deducted from the runs.
+its ladder, smoothing and trimming. The probes' steps are not deducted from the runs.
 """
 
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -30,9 +29,12 @@ import tasks
 import optax_superconv as osc
 from optax_superconv._suggestions import Method
 
-SEEDS = 5
+NUM_SEEDS = 5
 MOMENTUM, B2 = 0.9, 0.99
-CYCLES = {"sgd": osc.onecycle_sgd, "adamw": osc.onecycle_adamw}
+CYCLES: dict[str, Callable[..., Any]] = {
+    "sgd": osc.onecycle_sgd,
+    "adamw": osc.onecycle_adamw,
+}
 CONSTANT = {
     "sgd": lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True),
     "adamw": lambda rate: optax.adamw(rate, MOMENTUM, B2, weight_decay=1e-2),
@@ -59,13 +61,13 @@ REPORTING = {
 
 
 def final_losses(
-    task: tasks.Task, optimizer: str, rates: np.ndarray
+    task: tasks.Task, optimizer: str, rates: np.ndarray, seeds: range
 ) -> tuple[np.ndarray, list[float]]:
     """(rates, seeds) held-out losses after one cycle, and (seeds) before it."""
     make_tx = functools.partial(CYCLES[optimizer], total_steps=task.num_steps)
     training = tasks.make_training(task, make_tx)
 
-    starts = [training.start(seed) for seed in range(SEEDS)]
+    starts = [training.start(seed) for seed in seeds]
     untrained = [float(training.held_out_loss(start)) for start in starts]
 
     def run(member: tuple[float, int]) -> float:
@@ -74,12 +76,14 @@ def final_losses(
         state, _ = training.run(starts[seed], np.float32(rate), indices, seed)
         return float(jnp.fmin(training.held_out_loss(state), untrained[seed]))
 
-    members = [(rate, seed) for rate in rates for seed in range(SEEDS)]
-    losses = np.reshape(harness.in_threads(run, members), (len(rates), SEEDS))
+    members = [(rate, seed) for rate in rates for seed in seeds]
+    losses = np.reshape(harness.in_threads(run, members), (len(rates), len(seeds)))
     return losses, untrained
 
 
-def probes(task: tasks.Task, optimizer: str, n: int) -> list[dict[str, Any]]:
+def probes(
+    task: tasks.Task, optimizer: str, n: int, seeds: range
+) -> list[dict[str, Any]]:
     """What each seed's probes of ``n`` steps give, all from its fresh start."""
     training = tasks.make_training(task, CONSTANT[optimizer])
 
@@ -99,7 +103,7 @@ def probes(task: tasks.Task, optimizer: str, n: int) -> list[dict[str, Any]]:
             "threshold": threshold(training, state, seed, n),
         }
 
-    return harness.in_threads(run, range(SEEDS))
+    return harness.in_threads(run, seeds)
 
 
 def curvature_limit(
@@ -118,8 +122,12 @@ def curvature_limit(
     found = osc.sharpness(
         training.loss_fn, params, other, batches[0], preconditioner=preconditioner
     )
-    name = "adam" if optimizer == "adamw" else "nesterov"
-    return float(osc.stability_limit(found, optimizer=name, momentum=MOMENTUM))
+    limit = osc.stability_limit(
+        found,
+        optimizer="adam" if optimizer == "adamw" else "nesterov",
+        momentum=MOMENTUM,
+    )
+    return float(limit)
 
 
 def threshold(
@@ -140,7 +148,7 @@ def threshold(
 
 
 def fastai_curve(curve: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Rates and losses as fast.ai's rules see them: cut at 4 times the best, trimmed."""
+    """Rates and losses as fast.ai's rules see them: up to 4 times the best, trimmed."""
     losses = np.asarray(curve["smoothed_losses"], np.float64)
     over = ~(losses <= 4 * np.fmin.accumulate(losses))
     count = int(np.argmax(over)) if over.any() else len(losses)
@@ -180,7 +188,7 @@ def fastai_steep(rates: np.ndarray, losses: np.ndarray) -> float:
 
 
 def steepest_by_index(curve: dict[str, Any]) -> float:
-    """As in torch-lr-finder: of the running average, 10 points cut off before, 5 after."""
+    """As in torch-lr-finder: of the running average but its first 10 and last 5."""
     losses = np.asarray(curve["smoothed_losses"], np.float64)[10:-5]
     return curve["learning_rates"][10 + int(np.nanargmin(np.gradient(losses)))]
 
@@ -201,6 +209,10 @@ def as_result(curve: dict[str, Any]) -> osc.RangeTestResult:
     return osc.RangeTestResult(**{**curve, **arrays})
 
 
+def suggested(curve: dict[str, Any], **options: Any) -> float:
+    return osc.suggest_learning_rate(as_result(curve), **options)
+
+
 class Rule(NamedTuple):
     """``read`` takes a probe's record; ``cost`` says how many steps that took."""
 
@@ -216,33 +228,32 @@ def make_rules() -> dict[str, Rule]:
         return Rule(lambda probe: read(probe["curves"][0]), steps)
 
     rules = {}
-    fastai = (fastai_valley, fastai_slide, fastai_minimum, fastai_steep)
-    for rule in fastai:
-        rules[rule.__name__.replace("_", ".", 1)] = Rule(
-            lambda probe, rule=rule: rule(*fastai_curve(probe["fastai"])), steps
-        )
+
+    def of_fastai(read: Callable[..., float]) -> Rule:
+        return Rule(lambda probe: read(*fastai_curve(probe["fastai"])), steps)
+
+    for rule in (fastai_valley, fastai_slide, fastai_minimum, fastai_steep):
+        rules[rule.__name__.replace("_", ".", 1)] = of_fastai(rule)
     rules["steepest by index"] = of_curve(steepest_by_index)
     rules["steepest by rate"] = of_curve(steepest_by_rate)
     for method in get_args(Method):
-        rules[method] = of_curve(
-            lambda curve, method=method: osc.suggest_learning_rate(
-                as_result(curve), method=method
-            )
-        )
-    rules["default"] = of_curve(lambda c: osc.suggest_learning_rate(as_result(c)))
+        rules[method] = of_curve(functools.partial(suggested, method=method))
+    rules["default"] = of_curve(suggested)
     rules["default, median of 3"] = Rule(
         lambda probe: osc.suggest_learning_rate(
             [as_result(curve) for curve in probe["curves"]]
         ),
         lambda probe: 3 * steps(probe),
     )
-    for factor in (1, 1.5, 2, 3):
-        rules[f"threshold x {factor}"] = Rule(
-            lambda probe, factor=factor: (
-                factor * (probe["threshold"]["rate"] or np.nan)
-            ),
+
+    def of_threshold(factor: float) -> Rule:
+        return Rule(
+            lambda probe: factor * (probe["threshold"]["rate"] or np.nan),
             lambda probe: probe["threshold"]["steps"],
         )
+
+    for factor in (0.5, 1, 1.5, 2, 3):
+        rules[f"threshold x {factor}"] = of_threshold(factor)
     rules["curvature limit"] = Rule(lambda probe: probe["curvature"], lambda probe: 40)
     return rules
 
@@ -305,12 +316,12 @@ def synthetic_spread(noise: float, rule: Callable[[dict[str, Any]], float]) -> f
 
 def main() -> None:
     args = harness.parse_args(__doc__, data="CIFAR-10: an .npz of JPEGs or the archive")
-    makers, every, n = CHOOSING | REPORTING, 1, 100
+    makers, every, n, seeds = CHOOSING | REPORTING, 1, 100, range(NUM_SEEDS)
     if args.data is not None:
         makers["cifar10-resnet9"] = functools.partial(tasks.cifar10_resnet, args.data)
     if args.smoke:
         makers = {k: makers[k] for k in ("diabetes-mlp", "cancer-linear")}
-        every, n = 8, 40
+        every, n, seeds = 8, 60, range(1)
     parts = args.out / "parts" / ("smoke" if args.smoke else "range_test_quality")
     records: dict[tuple[str, str], dict[str, Any]] = {}
     with harness.progress(2 * len(makers)) as begin:
@@ -324,13 +335,13 @@ def main() -> None:
                     rates: np.ndarray = grid[::every],
                 ) -> dict[str, Any]:
                     task = make_task()
-                    losses, untrained = final_losses(task, optimizer, rates)
+                    losses, untrained = final_losses(task, optimizer, rates, seeds)
                     return {
                         "rates": rates,
                         "losses": losses,
                         "untrained": untrained,
                         "steps": task.num_steps,
-                        "probes": probes(task, optimizer, n),
+                        "probes": probes(task, optimizer, n, seeds),
                     }
 
                 path = parts / f"{name}-{optimizer}.json"
@@ -348,8 +359,8 @@ def main() -> None:
         row = {
             "rule": rule_name,
             "steps": f"{np.mean([rule.cost(p) for p in all_probes]):.0f}",
-            "spread": f"{np.nanmedian([spread(pair[0]) for pair in both.values()]):.1f}",
-            "none": sum(not np.isfinite(r) for pair in both.values() for r in pair[0]),
+            "spread": f"{np.nanmedian([spread(p) for p, _ in both.values()]):.1f}",
+            "none": sum(not np.isfinite(r) for p, _ in both.values() for r in p),
         }
         for optimizer in GRIDS:
             for half, where in (("chose", True), ("report", False)):
@@ -395,13 +406,11 @@ def main() -> None:
     )
 
     curves: dict[str, Callable[[dict[str, Any]], float]] = {
-        method: lambda curve, method=method: osc.suggest_learning_rate(
-            as_result(curve), method=method
-        )
+        method: functools.partial(suggested, method=method)
         for method in get_args(Method)
         if method != "divergence"
     }
-    curves["default"] = lambda curve: osc.suggest_learning_rate(as_result(curve))
+    curves["default"] = suggested
     curves["fastai.valley"] = lambda curve: fastai_valley(*fastai_curve(curve))
     curves["fastai.slide"] = lambda curve: fastai_slide(*fastai_curve(curve))
     spreads = {

@@ -10,7 +10,7 @@ import io
 import itertools
 import pathlib
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -304,9 +304,7 @@ def in_words(number: int) -> str:
 
 
 def sums_in_words(num_windows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of characters out of lines like "seven plus five is twelve.", and the
-    characters that follow.
-    """
+    """Windows of characters of "seven plus five is twelve.", and those that follow."""
     rng = np.random.default_rng(0)
     pairs = rng.integers(0, 25, size=(num_windows * length // 20, 2))
     text = "".join(
@@ -443,7 +441,8 @@ def cifar10_resnet(path: pathlib.Path) -> Task:
         "CIFAR-10 16x16, ResNet-9",
         lambda rngs: ResNet9(4, rngs=rngs),
         cross_entropy,
-        *parts,
+        parts[0],
+        parts[1],
         64,
         500,
         flip_and_shift,
@@ -496,7 +495,8 @@ def make_training(task: Task, make_tx: Callable[[Any], Any]) -> Training:
 
     @jax.jit
     def start(seed: Any) -> Any:
-        _, params, other = nnx.split(build(seed), nnx.Param, ...)
+        model = build(seed)
+        params, other = nnx.state(model, nnx.Param, ...)
         return params, other, make_tx(1.0).init(params)
 
     def loss_and_other(params: Any, other: Any, batch: Batch) -> tuple[jax.Array, Any]:

@@ -1,0 +1,223 @@
+"""Four ways to find the rate, and what one cycle makes of each, on handwritten digits.
+
+Range tests with their spread, the convergence threshold with its regimes, the limit
+that curvature sets, and a grid of weight decays. Then one cycle is trained at each rate
+that was found and at a grid of rates: the table says where each lands among them.
+
+    python examples/02_find_the_rate.py [--smoke] [--out FOLDER]
+"""
+
+import argparse
+import itertools
+import pathlib
+
+import jax
+import matplotlib
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+import optax_superconv as osc
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+WIDTHS = (64, 64, 64, 10)
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class MLP(nnx.Module):
+    def __init__(self, rngs):
+        pairs = itertools.pairwise(WIDTHS)
+        self.layers = nnx.List(nnx.Linear(i, o, rngs=rngs) for i, o in pairs)
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+GRAPH = nnx.graphdef(nnx.eval_shape(lambda: MLP(nnx.Rngs(0))))
+
+
+def init(seed):
+    return nnx.state(MLP(nnx.Rngs(jax.random.key(seed))))
+
+
+def loss_fn(params, batch):
+    logits = nnx.merge(GRAPH, params)(batch[0])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+def sgd(learning_rate, weight_decay=0.0):
+    decay = optax.add_decayed_weights(weight_decay)
+    return optax.chain(decay, optax.sgd(learning_rate, 0.9, nesterov=True))
+
+
+def update(tx, state, batch):
+    params, opt_state = state
+    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), loss
+
+
+@jax.jit
+def step_fn(state, learning_rate, batch):
+    return update(sgd(learning_rate), state, batch)
+
+
+def grid_step_fn(state, hyperparams, batch):
+    return update(sgd(**hyperparams), state, batch)
+
+
+def start(seed):
+    params = init(seed)
+    return params, sgd(1.0).init(params)
+
+
+def load_data():
+    """1,000 images to train, 797 to test, as vectors."""
+    images, labels = load_digits(return_X_y=True)
+    images = ((images - 4.9) / 6.0).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(labels))
+    parts = np.split(order, [1000])
+    return [(images[part], labels[part]) for part in parts]
+
+
+def stacked_batches(data, seed, num_steps):
+    """(num_steps, 64, ...) of each array; every epoch in another order."""
+    rng = np.random.default_rng(seed)
+    epochs = [rng.permutation(1000)[:960] for _ in range(1 + num_steps // 15)]
+    indices = np.concatenate(epochs).reshape(-1, 64)[:num_steps]
+    return tuple(array[indices] for array in data)
+
+
+def make_one_cycle(train, test, num_steps):
+    """``(rate, seed) -> test accuracy`` after one cycle, vectorised over both."""
+
+    @jax.jit
+    def run(rate, params, batches):
+        tx = osc.onecycle_sgd(rate, num_steps)
+
+        def body(state, batch):
+            return update(tx, state, batch)
+
+        (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), batches)
+        return (nnx.merge(GRAPH, params)(test[0]).argmax(-1) == test[1]).mean()
+
+    def accuracies(rate, seeds):
+        arms = ((init(s), stacked_batches(train, s, num_steps)) for s in seeds)
+        return 100 * np.array([run(np.float32(rate), *arm) for arm in arms])
+
+    return accuracies
+
+
+def draw(tests, threshold, limit, grid, path):
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
+    low, high = osc.suggest_interval(tests)
+    for test in tests[1:]:
+        axes[0, 0].plot(test.learning_rates, test.losses, color="0.9")
+    osc.plotting.plot_range_test(tests[0], axes[0, 0])
+    axes[0, 0].axvspan(low, high, color="C1", alpha=0.3)
+    axes[0, 0].set_title(f"Range test: knees of {len(tests)} repeats")
+    osc.plotting.plot_threshold(threshold, axes[0, 1])
+    axes[0, 1].set_title("Convergence threshold and regimes")
+    axes[1, 0].plot(*limit)
+    axes[1, 0].set(xlabel="step", ylabel="rate / stability limit", yscale="log")
+    axes[1, 0].axhline(1.0, color="0.5", linestyle=":")
+    axes[1, 0].set_title("One cycle at the knee against the limit of curvature")
+    osc.plotting.plot_grid(grid, axes[1, 1])
+    axes[1, 1].set_title("Range test per weight decay")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def edge_ratio(peak, train, num_steps):
+    """Steps, and the rate over the limit of the current curvature, along one cycle."""
+    tx = osc.onecycle_sgd(peak, num_steps)
+    params = init(0)
+    state = params, tx.init(params)
+    step = jax.jit(lambda state, batch: update(tx, state, batch))
+    steps, ratios = [], []
+    for k, batch in enumerate(zip(*stacked_batches(train, 0, num_steps), strict=True)):
+        state, _ = step(state, batch)
+        if k % max(1, num_steps // 30) == 0:
+            dials = osc.read_hyperparams(state[1])
+            limit = osc.stability_limit(
+                osc.sharpness(loss_fn, state[0], train),
+                optimizer="nesterov",
+                momentum=dials["momentum"],
+            )
+            steps.append(k)
+            ratios.append(dials["learning_rate"] / limit)
+    return steps, np.asarray(ratios)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="seconds, no story")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    args = parser.parse_args()
+    repeats, seeds, num_steps, rates = 5, range(5), 300, np.logspace(-3, 0.5, 15)
+    if args.smoke:
+        repeats, seeds, num_steps, rates = 2, range(1), 60, np.logspace(-2, 0, 3)
+    train, test = load_data()
+
+    tests = [
+        osc.range_test(step_fn, start(s), stacked_batches(train, s, 100))
+        for s in range(repeats)
+    ]
+    knee, (low, high) = osc.suggest_learning_rate(tests), osc.suggest_interval(tests)
+    threshold = osc.convergence_threshold(
+        step_fn,
+        start(0),
+        stacked_batches(train, 0, 100),
+        num_steps=100,
+        finetune_rate=0.01,
+    )
+    sharpness = osc.sharpness(loss_fn, init(0), train)
+    limit = osc.stability_limit(sharpness, optimizer="nesterov", momentum=0.9)
+    grid = osc.grid_test(
+        grid_step_fn,
+        start(0),
+        stacked_batches(train, 0, 100),
+        grid={"weight_decay": DECAYS},
+    )
+
+    one_cycle = make_one_cycle(train, test, num_steps)
+    scores = np.array([one_cycle(rate, seeds) for rate in rates])
+    console = Console()
+    console.print(
+        f"knee {knee:.3g} (90 % of repeats: {low:.3g} to {high:.3g}); best of the "
+        f"decays {DECAYS}: {grid.best['weight_decay']:g}, by {grid.margin:.3f} "
+        f"({grid.margin_in_errors:.1f} standard errors)"
+    )
+    table = Table(title=f"One cycle of {num_steps} steps, {len(seeds)} seeds")
+    for column in ("peak", "rate", "test accuracy (%)", f"rank in {len(rates)} rates"):
+        table.add_column(column)
+    best = rates[scores.mean(1).argmax()]
+    for name, rate in {
+        "knee of the range tests": knee,
+        "low end of its interval": low,
+        "high end of its interval": high,
+        "convergence threshold": threshold.threshold,
+        "1.5 times the threshold": threshold.suggested_rate,
+        "curvature limit at the start": float(limit),
+        "best of the grid": best,
+        "lowest of the grid": rates[0],
+    }.items():
+        found = one_cycle(rate, seeds)
+        rank = 1 + int(np.sum(scores.mean(1) > found.mean()))
+        spread = f"{found.mean():.1f} ± {found.std(ddof=len(seeds) > 1):.1f}"
+        table.add_row(name, f"{rate:.3g}", spread, f"{rank}")
+    console.print(table)
+    path = args.out / "02_find_the_rate.png"
+    draw(tests, threshold, edge_ratio(knee, train, num_steps), grid, path)
+    console.print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    main()
