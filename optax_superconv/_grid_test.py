@@ -25,11 +25,11 @@ State = TypeVar("State")
 Batch = TypeVar("Batch")
 Mode = Literal["range", "constant"]
 
-# One product of more multiply-adds than this pays its own dispatch on a CPU. Time of 12
-# members one by one over their time under vmap (three-layer MLP, width x batch, two
-# cores, jax 0.10.2): 16 x 64: 3.1, 64 x 64: 1.4, 128 x 64: 1.2, 256 x 64: 1.2, 128 x
-# 512: 1.04, 512 x 64: 0.59, 256 x 512: 0.68; convolutions of 8 and 32 channels: 0.66
-# and 0.31. 128 x 128 x 512 is 2**23.
+# One product of more multiply-adds than this pays for its own dispatch on a CPU. Time of
+# 12 members one by one over their time under vmap (three-layer MLP, width x batch, two
+# shared cores, jax 0.10.2): 16 x 64: 3.5, 64 x 64: 1.3, 128 x 64: 1.1, 256 x 64: 1.1,
+# 512 x 64: 0.6, 1024 x 64: 0.7, 128 x 512: 0.9, 256 x 512: 0.3; convolutions of 8 and
+# 32 channels: 0.7 and 0.3. 128 x 128 x 512 is 2**23. Accelerators were not measured.
 _LARGE_PRODUCT = 2**23
 
 
@@ -377,7 +377,7 @@ def grid_test(
       step_fn: ``(state, hyperparams, batch) -> (state, loss)``, the caller's own
         training step, best jitted. ``hyperparams`` is a dict of float32 scalar arrays
         with a value of each axis, and ``"learning_rate"`` with ``mode="range"``. The
-        loss is a scalar. It may donate its state.
+        loss is a scalar. It may donate its state, and must change nothing else.
       state: A pytree of any structure, which the step must keep. There are as many
         copies of it as combinations; the caller's survives.
       batches: A sequence (or anything that can be iterated again) starts again at its

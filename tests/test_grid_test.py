@@ -343,7 +343,8 @@ def test_an_nnx_model_that_is_split(vectorize):
     np.testing.assert_array_equal(model.kernel[...], before)
 
 
-def test_nnx_objects_that_change_in_place_run_one_by_one():
+@pytest.mark.parametrize("vectorize", [False, "auto"])
+def test_nnx_objects_that_change_in_place(vectorize):
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     before = np.asarray(model.kernel[...])
 
@@ -363,7 +364,7 @@ def test_nnx_objects_that_change_in_place_run_one_by_one():
         batches=[jnp.ones((4, 2))],
         grid={"learning_rate": [0.01, 0.1]},
         mode="constant",
-        vectorize=False,
+        vectorize=vectorize,
     )
     assert result.best == {"learning_rate": 0.1}
     assert result.losses[1, -1] < 0.01 * result.losses[1, 0]
