@@ -25,11 +25,11 @@ State = TypeVar("State")
 Batch = TypeVar("Batch")
 Mode = Literal["range", "constant"]
 
-# One product of more multiply-adds than this pays for its own dispatch on a CPU. Time of
-# 12 members one by one over their time under vmap (three-layer MLP, width x batch, two
-# shared cores, jax 0.10.2): 16 x 64: 3.5, 64 x 64: 1.3, 128 x 64: 1.1, 256 x 64: 1.1,
-# 512 x 64: 0.6, 1024 x 64: 0.7, 128 x 512: 0.9, 256 x 512: 0.3; convolutions of 8 and
-# 32 channels: 0.7 and 0.3. 128 x 128 x 512 is 2**23. Accelerators were not measured.
+# One product of more multiply-adds than this pays for its own dispatch on a CPU. Time
+# of 12 members one by one over their time under vmap (three-layer MLP, width x batch,
+# two shared cores, jax 0.10.2): 16 x 64: 3.5, 64 x 64: 1.3, 128 x 64: 1.1, 256 x 64:
+# 1.1, 512 x 64: 0.6, 1024 x 64: 0.7, 128 x 512: 0.9, 256 x 512: 0.3; convolutions of 8
+# and 32 channels: 0.7 and 0.3. 128 x 128 x 512 is 2**23. Accelerators: not measured.
 _LARGE_PRODUCT = 2**23
 
 
