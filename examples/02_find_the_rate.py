@@ -184,7 +184,7 @@ def main():
         grid_step_fn,
         start(0),
         stacked_batches(train, 0, 100),
-        grid={"weight_decay": DECAYS},
+        {"weight_decay": DECAYS},
     )
 
     one_cycle = make_one_cycle(train, test, num_steps)

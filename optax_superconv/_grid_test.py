@@ -344,9 +344,9 @@ def _compare(
 def grid_test(
     step_fn: Callable[[State, dict[str, jax.Array], Batch], tuple[State, jax.Array]],
     state: State,
-    batches: Iterable[Batch],
-    *,
+    batches: Any,
     grid: Mapping[str, Iterable[float]],
+    *,
     num_steps: int = 100,
     mode: Mode = "range",
     min_value: float = 1e-6,
@@ -380,8 +380,7 @@ def grid_test(
         loss is a scalar. It may donate its state, and must change nothing else.
       state: A pytree of any structure, which the step must keep. There are as many
         copies of it as combinations; the caller's survives.
-      batches: A sequence (or anything that can be iterated again) starts again at its
-        end; an iterator is consumed.
+      batches: As for :func:`range_test`; one is drawn per step and seen by all.
       grid: The values of each hyperparameter by name, such as ``{"weight_decay":
         [1e-4, 1e-3], "momentum": [0.8, 0.9]}``. The step sees them in float32.
       num_steps: Steps of each member, at least 10 with ``mode="range"``.
@@ -422,7 +421,7 @@ def grid_test(
       ...     return (w - hyperparams["learning_rate"] * trace, trace), loss
       >>> result = osc.grid_test(
       ...     step_fn, (jnp.zeros(()), jnp.zeros(())), [jnp.ones(8)],
-      ...     grid={"momentum": [0.0, 0.5, 0.9]}, max_value=1.0)
+      ...     {"momentum": [0.0, 0.5, 0.9]}, max_value=1.0)
       >>> print(result.losses.shape, result.best)
       (3, 100) {'momentum': 0.0}
 

@@ -18,11 +18,6 @@ from optax_superconv import _checks, _runs
 State = TypeVar("State")
 Batch = TypeVar("Batch")
 
-# The losses are looked at in blocks, one block behind the step that is dispatched, so
-# that the device never waits for the host: a stop is seen at most 2 * _BLOCK - 1 steps
-# late, and the result ends where it should have.
-_BLOCK = 8
-
 
 class RangeTestResult(NamedTuple):
     """The curve of a range test; NumPy arrays as long as the steps that count.
@@ -173,7 +168,7 @@ def range_test(
       ...     return w - learning_rate * grad, loss
       >>> result = osc.range_test(step_fn, jnp.zeros(()), [jnp.ones(8)])
       >>> print(len(result.losses), f"{osc.suggest_learning_rate(result):.2f}")
-      100 0.03
+      100 0.09
 
     References:
       Smith, `Cyclical Learning Rates for Training Neural Networks
@@ -233,9 +228,9 @@ def range_test(
                 pending.append(loss)
                 eval_losses.append(eval_loss)
                 advance()
-                if len(pending) == 2 * _BLOCK:
-                    diverged = diverges(pending[:_BLOCK])
-                    del pending[:_BLOCK]
+                if len(pending) == 2 * _runs.BLOCK:
+                    diverged = diverges(pending[: _runs.BLOCK])
+                    del pending[: _runs.BLOCK]
                     if diverged:
                         break
         diverged = diverged or diverges(pending)

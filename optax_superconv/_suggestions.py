@@ -182,8 +182,8 @@ def suggest_learning_rate(
     suggestion neither lags nor depends on the test's ``smoothing``.
 
     * ``"knee"``: where the smoothed loss has done four fifths of its fall, from its
-      highest point before the minimum down to the minimum. It is a peak rate for one cycle; on
-      the low side, where a mistake costs least.
+      highest point before the minimum down to the minimum. It is a peak rate for one
+      cycle; on the low side, where a mistake costs least.
     * ``"valley"``: where it has done half of its fall. The steadiest under noise, and
       lower by a factor of 2 to 10.
     * ``"steepest"``: where the loss falls fastest per decade of the rate.

@@ -10,7 +10,7 @@ too few steps at each rate for a slow divergence to show.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -55,9 +55,8 @@ class ThresholdResult(NamedTuple):
 class _Judge(NamedTuple):
     """What the ladder says about every run."""
 
-    first: float
     target: float
-    margin: float  # below the first loss, to have learned something
+    untrained: float  # end losses from here up have learned nothing
     slowest: float  # rate that converges
     bracket: tuple[int, int]  # on the ladder
 
@@ -68,12 +67,16 @@ class _Judge(NamedTuple):
             return "3"
         if rate < self.slowest:
             return "too slow"
-        return "2" if end < self.first - self.margin else "3"
+        return "2" if end < self.untrained else "3"
+
+
+def _tenth(losses: np.ndarray) -> int:
+    return max(1, losses.shape[-1] // 10)
 
 
 def _end_losses(losses: np.ndarray) -> np.ndarray:
     """(...,) means of the last tenths of (..., num_steps) losses; NaN if not finite."""
-    ends = losses[..., -max(1, losses.shape[-1] // 10) :].mean(axis=-1)
+    ends = losses[..., -_tenth(losses) :].mean(axis=-1)
     return np.where(np.isfinite(ends), ends, np.nan)
 
 
@@ -102,15 +105,19 @@ def _judge(losses: np.ndarray, ladder: np.ndarray, target: float | None) -> _Jud
     lowest = int(np.nanargmin(ends))
     best = float(ends[lowest])
     seen = f"a lowest end loss of {best:.4g} (at rate {ladder[lowest]:.3g}) "
+    # A single loss is as noisy as its batch, so the start is a mean as the ends are;
+    # unless the lowest rate learns as quickly as that.
     noise = 3 * _noise(losses[0])
+    start = max(float(losses[0, : _tenth(losses)].mean()), first - noise)
+    noise *= math.sqrt(2 / _tenth(losses))
     higher = "raise `bounds[1]` or `num_steps`"
     remedy = {0: "lower `bounds[0]`", top: higher}.get(lowest, "raise `num_steps`")
     _checks.require(
-        first - best > max(noise, 1e-6 * abs(first)),
+        start - best > max(noise, 1e-6 * abs(start)),
         "bounds",
         "rates of which some learn within `num_steps` (lower `bounds[0]` if all are "
         f"too large; otherwise {higher})",
-        f"{seen}against a first of {first:.4g}, no more than its noise",
+        f"{seen}against {start:.4g} at the start, no more than noise",
     )
     given = target is not None
     if target is None:
@@ -144,14 +151,14 @@ def _judge(losses: np.ndarray, ladder: np.ndarray, target: float | None) -> _Jud
         f"an end loss of {ends[top]:.4g} at {ladder[top]:.3g}, which reaches the "
         f"target of {target:.4g}",
     )
-    margin = max(noise, 0.05 * (first - best))
-    return _Judge(first, target, margin, ladder[low], (high, high + 1))
+    untrained = start - max(noise, 0.05 * (start - best))
+    return _Judge(target, untrained, ladder[low], (high, high + 1))
 
 
 def convergence_threshold(
     step_fn: Callable[[State, jax.Array, Batch], tuple[State, jax.Array]],
     state: State,
-    batches: Iterable[Batch],
+    batches: Any,
     *,
     num_steps: int,
     bounds: tuple[float, float] = (1e-5, 10.0),
@@ -193,10 +200,10 @@ def convergence_threshold(
         :func:`range_test`: the caller's own training step, best jitted.
       state: Any pytree; the caller's survives. The ladder holds ``num_rates`` copies;
         with ``finetune_rate`` the end of every run is kept, about 6 more.
-      batches: A sequence or a stacked pytree starts at its beginning for every run, so
-        that all rates see the same batches. An iterator is drawn on: the ladder's runs
-        share its batches, each run of the bisection takes ``num_steps`` new ones, and
-        so does the fine-tuning.
+      batches: As for :func:`range_test`. A sequence or a stacked pytree starts at its
+        beginning for every run, so that all rates see the same batches. An iterator is
+        drawn on: the ladder's runs share its batches, each run of the bisection takes
+        ``num_steps`` new ones, and so does the fine-tuning.
       num_steps: Steps of each run, at least 2.
       bounds: The lowest and the highest rate of the ladder, both above 0.
       target_loss: The end loss that counts as converged, below the first loss; None
@@ -210,8 +217,8 @@ def convergence_threshold(
 
     Returns:
       A :class:`ThresholdResult`. A run learns nothing (regime 3) if its end loss is not
-      finite, or not below the first by more than a twentieth of what the best run
-      gained and 3 standard deviations of a loss (at the lowest rate).
+      finite, or not below the start (the first tenth of the losses at the lowest rate)
+      by more than a twentieth of what the best run gained and 3 standard errors.
 
     Raises:
       ValueError: For arguments outside the ranges above, a loss that is no scalar, a

@@ -207,7 +207,7 @@ def test_regimes(levels, labels, threshold_decade):
 
 
 def test_what_is_within_the_noise_of_the_first_loss_is_not_learned():
-    """The lowest rate shows the noise: 0.1 here, so that 0.8 is no progress."""
+    """The lowest rate shows the noise: 0.2 here, so that 0.8 is no progress."""
     noise = jnp.asarray(np.random.default_rng(0).normal(size=50), jnp.float32)
 
     def step_fn(size):
@@ -219,7 +219,7 @@ def test_what_is_within_the_noise_of_the_first_loss_is_not_learned():
 
         return step
 
-    for size, label in ((0.01, "2"), (0.1, "3")):
+    for size, label in ((0.01, "2"), (0.2, "3")):
         result = run(step_fn=step_fn(size), state=jnp.int32(0), num_rates=7)
         assert result.regimes[-1] == label
         assert result.regimes[0] == "too slow"
@@ -493,7 +493,7 @@ BAD_VALUES = [
         "at every rate from 10 up",
     ),
     ({"bounds": (0.6, 0.8), "num_steps": 4}, "bounds", "lower `bounds[0]`", "noise"),
-    (replaced(1.0, 1.0, 1.0, 1.0, 1.0, 1.0), "bounds", "learn within", "its noise"),
+    (replaced(1.0, 1.0, 1.0, 1.0, 1.0, 1.0), "bounds", "learn within", "than noise"),
     (replaced(1.0, 1.5, 2.0, 2.0, 2.0, 2.0), "bounds", "lower `bounds[0]`", "of 1 (at"),
     (replaced(0.3, 0.5, 0.7, 0.7, 0.7, 0.7), "bounds", "lower `bounds[0]`", "higher"),
     (replaced(0.9, 0.5, 0.3, 0.1, 0.0, 0.0), "bounds", "raise `bounds[1]`", "reaches"),

@@ -1,0 +1,226 @@
+"""What the benchmarks share: tasks that are what they say, evidence that is kept."""
+
+import io
+import itertools
+import json
+import pathlib
+import sys
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import lax
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import harness  # noqa: E402
+import tasks  # noqa: E402
+
+# --- evidence -------------------------------------------------------------------------
+
+
+def test_a_part_is_computed_once_per_source(tmp_path, monkeypatch):
+    calls = itertools.count()
+    path = tmp_path / "folder" / "part.json"
+
+    def compute():
+        return {"losses": np.array([1.0, np.inf]), "call": next(calls)}
+
+    first = harness.resumable(path, compute)
+    assert first == {"losses": [1.0, None], "call": 0}
+    assert harness.resumable(path, compute) == first
+    monkeypatch.setattr(harness, "source_hash", lambda: "another")
+    assert harness.resumable(path, compute)["call"] == 1
+
+
+def test_an_interruption_leaves_nothing_to_resume_from(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.resumable(tmp_path / "part.json", interrupted)
+    assert harness.resumable(tmp_path / "part.json", lambda: 1) == 1
+
+
+def test_the_table_of_claims_is_what_the_evidence_says():
+    written = (ROOT / "benchmarks" / "README.md").read_text()
+    assert written == harness.table_of_claims(harness.RESULTS)
+
+
+def test_the_evidence_is_of_committed_sources():
+    for path in harness.RESULTS.glob("*.json"):
+        where = json.loads(path.read_text())["environment"]
+        assert not where["commit"].endswith("-dirty"), path.name
+
+
+def test_each_arm_is_timed_in_every_round():
+    calls = []
+    arms = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = harness.interleave(arms, rounds=5)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 5, "b": 5}
+    assert sorted(calls) == ["a"] * 6 + ["b"] * 6
+    assert harness.ratios({"a": [1.0] * 3, "b": [2.0] * 3}, "a")["b"] == (2, 2, 2)
+
+
+# --- networks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 5, 7, 1), (3, 1, 1, 4)])
+def test_nine_products_are_the_convolution(shape):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=shape).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, shape[-1], 5)).astype(np.float32)
+    expected = lax.conv_general_dilated(
+        images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(tasks.conv_3x3(images, kernel), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("side", [16, 32])
+def test_the_resnet_has_nine_layers_of_its_width(width, side):
+    model = nnx.eval_shape(lambda: tasks.ResNet9(width, rngs=nnx.Rngs(0)))
+    kernels = [
+        p.shape for p in jax.tree.leaves(nnx.state(model, nnx.Param)) if p.ndim > 1
+    ]
+    assert len(kernels) == 9
+    assert max(shape[-1] for shape in kernels) == max(8 * width, 10)
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    logits = nnx.eval_shape(lambda m, x: m(x), model, images)
+    assert logits.shape == (2, 10)
+
+
+def test_no_character_of_the_transformer_sees_a_later_one():
+    task = tasks.sums_transformer()
+    model = task.make_model(nnx.Rngs(0))
+    tokens = task.held_out[0][:1]
+    changed = tokens.at[0, 20].set((tokens[0, 20] + 1) % 10)
+    before, after = model(tokens), model(changed)
+    np.testing.assert_allclose(after[0, :20], before[0, :20], atol=1e-5)
+    assert np.abs(after[0, 20:] - before[0, 20:]).max() > 1e-3
+
+
+# --- data -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(0, "zero"), (19, "nineteen"), (20, "twenty"), (48, "forty-eight")],
+)
+def test_numbers_in_words(number, words):
+    assert tasks.in_words(number) == words
+
+
+def test_the_targets_of_the_text_are_its_next_characters():
+    inputs, targets = tasks.sums_in_words(50, 32)
+    np.testing.assert_array_equal(inputs.ravel()[1:], targets.ravel()[:-1])
+
+
+def fake_cifar10(folder):
+    """The same 40 and 10 smooth images in the official layout and as JPEGs."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, size=(60, 2, 2, 3), dtype=np.uint8)
+    images = small.repeat(16, axis=1).repeat(16, axis=2)
+    labels = rng.integers(0, 10, size=60).astype(np.uint8)
+    for k in range(6):
+        part = slice(10 * k, 10 * k + 10)
+        planes = images[part].transpose(0, 3, 1, 2).reshape(10, -1)
+        rows = np.concatenate([labels[part, None], planes], axis=1)
+        name = f"data_batch_{k + 1}.bin" if k < 5 else "test_batch.bin"
+        (folder / name).write_bytes(rows.tobytes())
+    arrays = {}
+    for part, rows in (("train", slice(0, 50)), ("test", slice(50, 60))):
+        files = []
+        for image in images[rows]:
+            stream = io.BytesIO()
+            Image.fromarray(image).save(stream, "JPEG", quality=95, subsampling=0)
+            files.append(np.frombuffer(stream.getvalue(), np.uint8))
+        arrays[f"{part}_jpeg"] = np.concatenate(files)
+        arrays[f"{part}_offsets"] = np.cumsum([0, *map(len, files)])
+        arrays[f"{part}_labels"] = labels[rows]
+    np.savez(folder / "cifar10.npz", **arrays)
+    with tarfile.open(folder / "cifar10.tar.gz", "w:gz") as archive:
+        for file in folder.glob("*.bin"):
+            archive.add(file, f"cifar-10-batches-bin/{file.name}")
+    return images, labels
+
+
+def test_cifar10_is_the_same_in_all_its_layouts(tmp_path):
+    images, labels = fake_cifar10(tmp_path)
+    options = {"num_train": 12, "num_test": 5}
+    for path in (tmp_path, tmp_path / "cifar10.tar.gz", tmp_path / "cifar10.npz"):
+        (train, classes), (test, test_classes) = tasks.load_cifar10(path, **options)
+        assert train.shape == (12, 32, 32, 3)
+        assert test.shape == (5, 32, 32, 3)
+        np.testing.assert_array_equal(classes, labels[:12])
+        np.testing.assert_array_equal(test_classes, labels[50:55])
+        expected = (images[:12] / 255 - [0.4914, 0.4822, 0.4465]) / [
+            0.2470,
+            0.2435,
+            0.2616,
+        ]
+        np.testing.assert_allclose(train, expected, atol=0.15)
+    (halved, _), _ = tasks.load_cifar10(tmp_path, side=16, **options)
+    np.testing.assert_allclose(halved, expected[:, ::2, ::2], atol=1e-5)
+
+
+def test_augmentation_flips_and_shifts_and_keeps_the_labels():
+    images = jnp.arange(64 * 16 * 16 * 3, dtype=jnp.float32).reshape(64, 16, 16, 3)
+    changed, labels = tasks.flip_and_shift(jax.random.key(0), (images, jnp.arange(64)))
+    np.testing.assert_array_equal(labels, np.arange(64))
+    center = np.asarray(changed[:, 8, 8, 0] - images[:, 8, 8, 0])
+    right = np.asarray(changed[:, 8, 9, 0] - changed[:, 8, 8, 0])
+    assert set(right) == {-3.0, 3.0}  # The next pixel of three channels, either way.
+    assert 20 < np.sum(right < 0) < 44
+    assert len(np.unique(center)) > 10
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def test_batches_hold_every_example_once_an_epoch():
+    task = tasks.diabetes_mlp()
+    epoch = len(task.train[1]) // task.batch_size
+    indices = tasks.batch_indices(task, 2 * epoch + 1, 0)
+    assert indices.shape == (2 * epoch + 1, task.batch_size)
+    for part in (indices[:epoch], indices[epoch : 2 * epoch]):
+        assert len(np.unique(part)) == part.size
+    assert not np.array_equal(indices[0], indices[epoch])
+    assert not np.array_equal(indices, tasks.batch_indices(task, 2 * epoch + 1, 1))
+
+
+def test_a_run_is_its_steps():
+    training = tasks.make_training(
+        tasks.diabetes_mlp(), lambda rate: optax.sgd(rate, 0.9)
+    )
+    task, state = tasks.diabetes_mlp(), training.start(3)
+    _, losses = training.run(state, 0.01, tasks.batch_indices(task, 20, 3), 3)
+    expected = []
+    for batch in training.batches(3, 20):
+        state, loss = training.step(state, 0.01, batch)
+        expected.append(loss)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+def test_held_out_loss_uses_the_running_statistics(tmp_path):
+    fake_cifar10(tmp_path)
+    parts = tasks.load_cifar10(tmp_path, num_train=50, side=16)
+    task = tasks.Task(
+        "fake",
+        lambda rngs: tasks.ResNet9(1, rngs=rngs),
+        tasks.cross_entropy,
+        *parts,
+        10,
+        5,
+    )
+    training = tasks.make_training(task, optax.sgd)
+    state = training.start(0)
+    moved, _ = training.run(state, 0.0, tasks.batch_indices(task, 5, 0), 0)
+    jax.tree.map(np.testing.assert_array_equal, moved[0], state[0])
+    assert training.held_out_loss(moved) != training.held_out_loss(state)
