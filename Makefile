@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-oldest test-newest lint types check bench clean
+.PHONY: demo test test-all test-oldest test-newest lint types check bench bench-quality clean
 
 demo: .venv/examples.stamp
 	$(BIN)/python examples/01_super_convergence.py
@@ -22,9 +22,16 @@ types: .venv/dev.stamp
 
 check: lint types test
 
-# What the README quotes; minutes, on an otherwise idle machine.
+# What the README quotes, on an otherwise idle machine; minutes, and for the quality of
+# suggestions half an hour: make bench-quality DATA=path/to/cifar10
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
+	$(BIN)/python benchmarks/harness.py
+
+bench-quality: .venv/dev.stamp
+	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results \
+	    $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/harness.py
 
 # The oldest versions that pyproject.toml admits.
 test-oldest:

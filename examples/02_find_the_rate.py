@@ -8,6 +8,7 @@ that was found and at a grid of rates: the table says where each lands among the
 """
 
 import argparse
+import functools
 import itertools
 import pathlib
 
@@ -96,16 +97,14 @@ def stacked_batches(data, seed, num_steps):
 
 
 def make_one_cycle(train, test, num_steps):
-    """``(rate, seed) -> test accuracy`` after one cycle, vectorised over both."""
+    """``(rate, seeds) -> test accuracies (%)`` after one cycle."""
 
     @jax.jit
     def run(rate, params, batches):
         tx = osc.onecycle_sgd(rate, num_steps)
-
-        def body(state, batch):
-            return update(tx, state, batch)
-
-        (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), batches)
+        start = params, tx.init(params)
+        body = functools.partial(update, tx)
+        (params, _), _ = jax.lax.scan(body, start, batches)
         return (nnx.merge(GRAPH, params)(test[0]).argmax(-1) == test[1]).mean()
 
     def accuracies(rate, seeds):
@@ -115,45 +114,24 @@ def make_one_cycle(train, test, num_steps):
     return accuracies
 
 
-def draw(tests, threshold, limit, grid, path):
+def draw(tests, threshold, grid, rates, scores, suggestions, path):
     figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
-    low, high = osc.suggest_interval(tests)
-    for test in tests[1:]:
-        axes[0, 0].plot(test.learning_rates, test.losses, color="0.9")
-    osc.plotting.plot_range_test(tests[0], axes[0, 0])
-    axes[0, 0].axvspan(low, high, color="C1", alpha=0.3)
-    axes[0, 0].set_title(f"Range test: knees of {len(tests)} repeats")
+    osc.plotting.plot_range_test(tests, axes[0, 0])
+    axes[0, 0].set_title(f"Range test, {len(tests)} repeats")
     osc.plotting.plot_threshold(threshold, axes[0, 1])
     axes[0, 1].set_title("Convergence threshold and regimes")
-    axes[1, 0].plot(*limit)
-    axes[1, 0].set(xlabel="step", ylabel="rate / stability limit", yscale="log")
-    axes[1, 0].axhline(1.0, color="0.5", linestyle=":")
-    axes[1, 0].set_title("One cycle at the knee against the limit of curvature")
-    osc.plotting.plot_grid(grid, axes[1, 1])
-    axes[1, 1].set_title("Range test per weight decay")
+    osc.plotting.plot_grid(grid, axes[1, 0])
+    axes[1, 0].set_title("Range test per weight decay")
+    mean, spread = scores.mean(1), scores.std(1)
+    axes[1, 1].errorbar(rates, mean, spread, color="0.5", label="grid")
+    for k, (name, rate) in enumerate(suggestions.items()):
+        axes[1, 1].axvline(rate, color=f"C{k}", linestyle="--", label=name)
+    labels = {"xlabel": "peak rate", "ylabel": "test accuracy (%)"}
+    axes[1, 1].set(xscale="log", ylim=(50, 100), **labels)
+    axes[1, 1].set_title("One cycle at each rate")
+    axes[1, 1].legend(loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-
-
-def edge_ratio(peak, train, num_steps):
-    """Steps, and the rate over the limit of the current curvature, along one cycle."""
-    tx = osc.onecycle_sgd(peak, num_steps)
-    params = init(0)
-    state = params, tx.init(params)
-    step = jax.jit(lambda state, batch: update(tx, state, batch))
-    steps, ratios = [], []
-    for k, batch in enumerate(zip(*stacked_batches(train, 0, num_steps), strict=True)):
-        state, _ = step(state, batch)
-        if k % max(1, num_steps // 30) == 0:
-            dials = osc.read_hyperparams(state[1])
-            limit = osc.stability_limit(
-                osc.sharpness(loss_fn, state[0], train),
-                optimizer="nesterov",
-                momentum=dials["momentum"],
-            )
-            steps.append(k)
-            ratios.append(dials["learning_rate"] / limit)
-    return steps, np.asarray(ratios)
 
 
 def main():
@@ -170,52 +148,42 @@ def main():
         osc.range_test(step_fn, start(s), stacked_batches(train, s, 100))
         for s in range(repeats)
     ]
-    knee, (low, high) = osc.suggest_learning_rate(tests), osc.suggest_interval(tests)
+    batches = stacked_batches(train, 0, 100)
     threshold = osc.convergence_threshold(
-        step_fn,
-        start(0),
-        stacked_batches(train, 0, 100),
-        num_steps=100,
-        finetune_rate=0.01,
+        step_fn, start(0), batches, num_steps=100, finetune_rate=0.01
     )
     sharpness = osc.sharpness(loss_fn, init(0), train)
     limit = osc.stability_limit(sharpness, optimizer="nesterov", momentum=0.9)
-    grid = osc.grid_test(
-        grid_step_fn,
-        start(0),
-        stacked_batches(train, 0, 100),
-        {"weight_decay": DECAYS},
-    )
-
-    one_cycle = make_one_cycle(train, test, num_steps)
-    scores = np.array([one_cycle(rate, seeds) for rate in rates])
-    console = Console()
-    console.print(
-        f"knee {knee:.3g} (90 % of repeats: {low:.3g} to {high:.3g}); best of the "
-        f"decays {DECAYS}: {grid.best['weight_decay']:g}, by {grid.margin:.3f} "
-        f"({grid.margin_in_errors:.1f} standard errors)"
-    )
-    table = Table(title=f"One cycle of {num_steps} steps, {len(seeds)} seeds")
-    for column in ("peak", "rate", "test accuracy (%)", f"rank in {len(rates)} rates"):
-        table.add_column(column)
-    best = rates[scores.mean(1).argmax()]
-    for name, rate in {
-        "knee of the range tests": knee,
-        "low end of its interval": low,
-        "high end of its interval": high,
+    grid = osc.grid_test(grid_step_fn, start(0), batches, {"weight_decay": DECAYS})
+    low, high = osc.suggest_interval(tests)
+    suggestions = {
+        "knee, median of the repeats": osc.suggest_learning_rate(tests),
+        "low end of their interval": low,
+        "high end of their interval": high,
         "convergence threshold": threshold.threshold,
         "1.5 times the threshold": threshold.suggested_rate,
         "curvature limit at the start": float(limit),
-        "best of the grid": best,
-        "lowest of the grid": rates[0],
-    }.items():
+    }
+
+    one_cycle = make_one_cycle(train, test, num_steps)
+    scores = np.array([one_cycle(rate, seeds) for rate in rates])
+    table = Table(title=f"One cycle of {num_steps} steps, {len(seeds)} seeds")
+    for column in ("peak", "rate", "test accuracy (%)", f"rank in {len(rates)} rates"):
+        table.add_column(column)
+    ends = {"best of the grid": rates[scores.mean(1).argmax()], "its lowest": rates[0]}
+    for name, rate in (suggestions | ends).items():
         found = one_cycle(rate, seeds)
         rank = 1 + int(np.sum(scores.mean(1) > found.mean()))
         spread = f"{found.mean():.1f} ± {found.std(ddof=len(seeds) > 1):.1f}"
         table.add_row(name, f"{rate:.3g}", spread, f"{rank}")
+    console = Console()
     console.print(table)
+    console.print(
+        f"best weight decay at climbing rates: {grid.best['weight_decay']:g}, by "
+        f"{grid.margin:.3f} ({grid.margin_in_errors:.1f} standard errors)"
+    )
     path = args.out / "02_find_the_rate.png"
-    draw(tests, threshold, edge_ratio(knee, train, num_steps), grid, path)
+    draw(tests, threshold, grid, rates, scores, suggestions, path)
     console.print(f"picture: {path}")
 
 

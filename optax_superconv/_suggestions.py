@@ -161,14 +161,20 @@ def _suggestions(
     return np.asarray(found)
 
 
-def _check_results(name: str, results: Any) -> None:
-    if not isinstance(results, Sequence) or isinstance(results, str):
-        kind = type(results).__name__
-    else:
-        wrong = [r for r in results if not isinstance(r, RangeTestResult)]
-        kind = f"sequence with a {type(wrong[0]).__name__}" if wrong else ""
-    if kind:
-        raise TypeError(f"`{name}` must be of range tests' results, got a {kind}.")
+def as_results(name: str, value: Any) -> list[RangeTestResult]:
+    """One result or a sequence of them, as a list."""
+    if isinstance(value, RangeTestResult):
+        return [value]
+    wrong: list[Any] = [value]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        wrong = [item for item in value if not isinstance(item, RangeTestResult)]
+    if wrong:
+        raise TypeError(
+            f"`{name}` must be a RangeTestResult or a sequence of them, got a "
+            f"{type(wrong[0]).__name__}."
+        )
+    _checks.require(len(value) > 0, name, "at least one range test's", "none")
+    return list(value)
 
 
 def suggest_learning_rate(
@@ -234,9 +240,8 @@ def suggest_learning_rate(
     _checks.choice("method", method, get_args(Method))
     if isinstance(result, RangeTestResult):
         return _suggest(result, method)
-    _check_results("result", result)
-    _checks.require(len(result) > 0, "result", "at least one range test's", "none")
-    return float(np.median(_suggestions("result", result, method)))
+    results = as_results("result", result)
+    return float(np.median(_suggestions("result", results, method)))
 
 
 def suggest_interval(
@@ -290,9 +295,7 @@ def suggest_interval(
     _checks.scalar(
         "level", level, "above 0 and at most 1", lambda x: (x > 0) & (x <= 1)
     )
-    if isinstance(results, RangeTestResult):
-        raise TypeError("`results` must be several range tests' results, got one.")
-    _check_results("results", results)
+    results = as_results("results", results)
     two = "at least 2 range tests that hold a suggestion"
     _checks.require(len(results) >= 2, "results", two, len(results))
     found = _suggestions("results", results, method)

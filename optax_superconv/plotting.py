@@ -5,8 +5,9 @@ Needs matplotlib (``pip install 'optax-superconv[plot]'``), imported when first 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
@@ -16,7 +17,13 @@ import optax
 from optax_superconv import _checks
 from optax_superconv._grid_test import GridTestResult
 from optax_superconv._range_test import RangeTestResult
-from optax_superconv._suggestions import Method, smooth_curve, suggest_learning_rate
+from optax_superconv._suggestions import (
+    Method,
+    as_results,
+    smooth_curve,
+    suggest_interval,
+    suggest_learning_rate,
+)
 from optax_superconv._threshold import ThresholdResult
 
 if TYPE_CHECKING:
@@ -99,23 +106,25 @@ def plot_schedule(
 
 
 def plot_range_test(
-    result: RangeTestResult,
+    result: RangeTestResult | Sequence[RangeTestResult],
     ax: Axes | None = None,
     *,
     method: Method | None = "knee",
 ) -> Axes:
-    """Draws the losses of a range test over the rate, and a suggestion.
+    """Draws the losses of one or several range tests over the rate, and a suggestion.
 
     Args:
-      result: Of :func:`optax_superconv.range_test`.
+      result: Of :func:`optax_superconv.range_test`, or a sequence of such results: the
+        suggestion is then their median, on a band of their 90 % interval.
       ax: Where to draw; None is new axes.
       method: Of :func:`optax_superconv.suggest_learning_rate`; None draws none.
 
     Returns:
-      The axes. A curve that holds no suggestion is drawn without one.
+      The axes. Held-out losses are drawn in place of the losses where the test took
+      them. A curve that holds no suggestion is drawn without one.
 
     Raises:
-      ValueError: For an unknown method.
+      ValueError: For an unknown method, or an empty sequence.
       TypeError: If ``result`` is no range test's.
       ImportError: If matplotlib is missing.
 
@@ -130,36 +139,42 @@ def plot_range_test(
       >>> print(osc.plotting.plot_range_test(result).get_xscale())
       log
     """
-    if not isinstance(result, RangeTestResult):
-        raise TypeError(
-            f"`result` must be a RangeTestResult, got a {type(result).__name__}."
-        )
+    results = as_results("result", result)
     if method is not None:
         _checks.choice("method", method, get_args(Method))
     ax = _axes(ax)
-    ax.plot(result.learning_rates, result.losses, color="0.75", label="loss")
-    ax.set_xscale("log")
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel("loss")
-    try:
-        curve = smooth_curve(result)
-    except ValueError:  # Too few points to smooth: the losses alone are drawn.
-        return ax
-    ax.plot(10**curve.log_rates, curve.values, color="C0", label="smoothed")
-    # An explosion would flatten everything else.
-    finite = result.losses[: len(curve.values)]
-    low, high = min(finite.min(), curve.values.min()), curve.values.max()
-    margin = 0.1 * (high - low)
-    if margin > 0:
-        ax.set_ylim(low - margin, high + margin)
-    if method is not None:
+    held_out = results[0].eval_losses is not None
+    ax.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel="held-out loss" if held_out else "loss",
+    )
+    lows: list[float] = []
+    highs: list[float] = []
+    for k, test in enumerate(results):
+        read = test.losses if test.eval_losses is None else test.eval_losses
+        label = None if k else ax.get_ylabel()
+        ax.plot(test.learning_rates, read, color="0.75", label=label)
         try:
-            rate = suggest_learning_rate(result, method=method)
-        except ValueError:  # No suggestion in this curve.
-            pass
-        else:
+            curve = smooth_curve(test)
+        except ValueError:  # Too few points to smooth: the losses alone are drawn.
+            continue
+        label = None if lows else "smoothed"
+        alpha = 1 / len(results) ** 0.5
+        rates = 10**curve.log_rates
+        ax.plot(rates, curve.values, color="C0", alpha=alpha, label=label)
+        lows.append(min(curve.losses.min(), curve.values.min()))
+        highs.append(curve.values.max())
+    if lows and (margin := 0.1 * (max(highs) - min(lows))) > 0:
+        # An explosion would flatten everything else.
+        ax.set_ylim(min(lows) - margin, max(highs) + margin)
+    if method is not None:
+        with contextlib.suppress(ValueError):  # No suggestion in these curves.
+            rate = suggest_learning_rate(results, method=method)
             label = f"{method}: {rate:.2g}"
             ax.axvline(rate, color="C1", linestyle="--", label=label)
+            ends = suggest_interval(results, method=method)
+            ax.axvspan(*ends, color="C1", alpha=0.3, linewidth=0, label="90 %")
     ax.legend()
     return ax
 

@@ -14,9 +14,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def test_the_demo_takes_at_most_three_minutes(tmp_path):
+@pytest.mark.parametrize("name", ["01_super_convergence", "02_find_the_rate"])
+def test_an_example_takes_at_most_three_minutes(name, tmp_path):
     begin = time.perf_counter()
-    script = ROOT / "examples" / "01_super_convergence.py"
+    script = ROOT / "examples" / f"{name}.py"
     subprocess.run([sys.executable, script, "--out", tmp_path], check=True)
     assert time.perf_counter() - begin < 180
 

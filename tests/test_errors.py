@@ -242,7 +242,9 @@ BAD_VALUES = [
     (lambda: osc.suggest_learning_rate([]), "result", "at least one", "none"),
     (lambda: osc.suggest_learning_rate([FLAT] * 2), "result", "suggestion", "2 w"),
     (lambda: osc.suggest_interval([CURVE]), "results", "at least 2", "1"),
-    (lambda: osc.suggest_interval([]), "results", "at least 2", "0"),
+    (lambda: osc.suggest_interval([]), "results", "at least one", "none"),
+    (lambda: osc.suggest_interval(CURVE), "results", "at least 2", "1"),
+    (lambda: osc.plotting.plot_range_test([]), "result", "at least one", "none"),
     (lambda: osc.suggest_interval([CURVE] * 2, level=0), "level", "above 0", "0"),
     (lambda: osc.suggest_interval([CURVE] * 2, level=1.1), "level", "at most 1", "1.1"),
     (
@@ -343,7 +345,6 @@ BAD_TYPES = [
     (lambda: osc.suggest_learning_rate(1.0), "result", "float"),
     (lambda: osc.suggest_interval(1.0), "results", "float"),
     (lambda: osc.suggest_interval([1.0, 2.0]), "results", "float"),
-    (lambda: osc.suggest_interval(CURVE), "results", "one"),
     (lambda: run(eval_fn=1.0), "eval_fn", "float"),
     (lambda: run(eval_fn=lambda s: None), "eval_fn", "NoneType"),
     (lambda: suggest(method=3), "method", "int"),

@@ -71,6 +71,32 @@ def test_marks_the_suggestion_and_keeps_an_explosion_out_of_view():
     assert marks == [osc.suggest_learning_rate(result, method="steepest")]
 
 
+def test_draws_repeats_with_their_median_and_interval():
+    x, rng = np.linspace(-6, 1, 100), np.random.default_rng(0)
+    smooth = 2 - 1 / (1 + np.exp(-3 * (x + 3)))
+    results = [make_result(smooth + 0.1 * rng.normal(size=100)) for _ in range(3)]
+    ax = osc.plotting.plot_range_test(results)
+    (median,) = [
+        line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2
+    ]
+    assert median == osc.suggest_learning_rate(results)
+    (band,) = ax.patches
+    low, high = osc.suggest_interval(results)
+    assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((low, high))
+    drawn = [line.get_ydata() for line in ax.get_lines()]
+    for result in results:
+        assert any(np.array_equal(result.losses, line) for line in drawn)
+
+
+def test_draws_the_held_out_losses_that_are_read():
+    x = np.linspace(-6, 1, 100)
+    losses = 2 - 1 / (1 + np.exp(-3 * (x + 3)))
+    result = make_result(losses)._replace(eval_losses=losses + 10)
+    ax = osc.plotting.plot_range_test(result)
+    assert ax.get_ylabel() == "held-out loss"
+    assert all(np.min(line.get_ydata()) > 10 for line in ax.get_lines()[:2])
+
+
 @pytest.mark.parametrize("losses", [np.full(100, 2.0), np.array([1.0, np.nan])])
 def test_draws_a_curve_without_suggestion(losses):
     assert osc.plotting.plot_range_test(make_result(losses)).get_lines()
