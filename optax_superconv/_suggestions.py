@@ -18,12 +18,14 @@ from optax_superconv._range_test import RangeTestResult
 
 Method = Literal["knee", "valley", "steepest", "minimum", "divergence"]
 
-# Standard deviation, in decades of the rate, of the kernel that smooths a curve; and
-# how much of the fall is done at the named points. Width and knee are the pair with the
-# least regret of one-cycle training on the tasks of benchmarks/range_test_quality.py
-# that were there to choose them, among those that noise spreads by less than 2.
-_BANDWIDTH = 0.5
-_FRACTIONS = {"valley": 0.5, "knee": 0.8}
+# Standard deviation, in decades of the rate, of the kernel that smooths a curve for the
+# knee, and how much of the fall is done there: the pair with the least regret of one
+# cycle on the tasks of benchmarks/range_test_quality.py that were there to choose them,
+# among those that noise spreads by less than 2. It is wide on purpose. An explosion
+# close to the fall draws the knee to lower rates; kernels that follow the losses more
+# closely ended higher where the best rate has a cliff behind it.
+_WIDE = 0.5
+_KNEE = 0.8
 _MIN_POINTS = 10
 
 
@@ -39,12 +41,20 @@ class _Curve(NamedTuple):
     noise: float  # standard deviation of a loss
 
 
-def smooth_curve(result: RangeTestResult) -> _Curve:
+def _climb(losses: np.ndarray, start: float, noise: float, after: int) -> int | None:
+    """Where the losses leave their noise above the start, from ``after`` on."""
+    level = start + max(0.25 * (start - losses.min()), 6 * noise)
+    above = np.flatnonzero(losses[after:] > level)
+    return after + int(above[0]) if above.size else None
+
+
+def smooth_curve(result: RangeTestResult, *, bandwidth: float | None = None) -> _Curve:
     """Local linear regression of the finite losses on the log of the rate.
 
     Centred, so without lag; linear, so without bias where the curve begins and ends;
-    and with losses capped above the start by a quarter of the fall, so that an
-    explosion does not reach back.
+    and with losses capped above the start by a quarter of the fall. Without a
+    ``bandwidth``, it is as wide as the noise asks for, and the curve ends where the
+    losses climb above their start, so that an explosion does not reach back.
     """
     held_out = result.eval_losses
     all_losses = result.losses if held_out is None else held_out
@@ -55,23 +65,32 @@ def smooth_curve(result: RangeTestResult) -> _Curve:
         "result",
         f"a curve of at least {_MIN_POINTS} finite losses (run the range test with more"
         " `num_steps`, or a lower `min_value` or `max_value`)",
-        f"one of {n}",
+        f"one of {n} finite losses",
     )
     losses = np.asarray(all_losses[:n], np.float64)
     log_rates = np.log10(np.asarray(result.learning_rates[:n], np.float64))
     start = float(np.median(losses[: max(3, n // 10)]))
-    capped = np.minimum(losses, start + 0.25 * max(start - losses.min(), 0.0))
+    fall = max(start - losses.min(), 0.0)
+    capped = np.minimum(losses, start + 0.25 * fall)
+    # A median of differences sees the noise and neither the fall nor the explosion.
+    steps = np.diff(capped)
+    noise = 1.4826 * float(np.median(np.abs(steps - np.median(steps)))) / 2**0.5
 
+    spacing = float(np.median(np.diff(log_rates)))
+    if bandwidth is None:
+        # The optimal width goes with the noise to the power 2/5 and with the density of
+        # the points to the power -1/5; 0.5 is right for a tenth of noise, 12 a decade.
+        relative = min(10 * noise / fall, 1.0) if fall else 1.0
+        bandwidth = max(0.5 * relative**0.4 * (12 * spacing) ** 0.2, 0.12)
+        end = _climb(losses, start, noise, int(losses.argmin()))
+        end = max(end or n, _MIN_POINTS)
+        log_rates, capped = log_rates[:end], capped[:end]
     distance = log_rates - log_rates[:, None]
-    bandwidth = max(_BANDWIDTH, float(np.median(np.diff(log_rates))))
-    kernel = np.exp(-0.5 * (distance / bandwidth) ** 2)
+    kernel = np.exp(-0.5 * (distance / max(bandwidth, 1.5 * spacing)) ** 2)
     s0, s1, s2 = ((kernel * distance**k).sum(axis=1, keepdims=True) for k in range(3))
     determinant = s0 * s2 - s1**2
     to_values = kernel * (s2 - s1 * distance) / determinant
     to_slopes = kernel * (s0 * distance - s1) / determinant
-    # A median of differences sees the noise and neither the fall nor the explosion.
-    steps = np.diff(capped)
-    noise = 1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2)
     return _Curve(
         log_rates,
         to_values @ capped,
@@ -79,35 +98,33 @@ def smooth_curve(result: RangeTestResult) -> _Curve:
         noise * np.sqrt((to_values**2).sum(axis=1)),
         losses,
         start,
-        float(noise),
+        noise,
     )
 
 
 def _suggest(result: RangeTestResult, method: Method) -> float:
     """What one curve suggests."""
-    curve = smooth_curve(result)
+    curve = smooth_curve(result, bandwidth=_WIDE if method == "knee" else None)
     log_rates, values = curve.log_rates, curve.values
     lowest = int(values.argmin())
     if method == "divergence":
         # Not from the smoothing, which sees a jump late.
-        fall = curve.start - curve.losses.min()
-        level = curve.start + max(0.25 * fall, 6 * curve.noise)
-        above = np.flatnonzero(curve.losses[lowest:] > level)
+        climb = _climb(curve.losses, curve.start, curve.noise, lowest)
         _checks.require(
-            above.size > 0 or result.diverged,
+            climb is not None or result.diverged,
             "result",
             "a range test that diverged (run it with a higher `max_value`)",
             f"one that reached {result.learning_rates[-1]:.3g} without diverging",
         )
-        last = lowest + above[0] - 1 if above.size else len(values) - 1
+        last = (len(curve.losses) if climb is None else climb) - 1
         _checks.require(
-            last >= len(values) // 10,
+            last >= len(curve.losses) // 10,
             "result",
             "a range test that starts below divergence (run it with a lower "
             "`min_value`)",
             "one that rises from the start",
         )
-        return float(10 ** log_rates[last])
+        return float(result.learning_rates[last])
 
     highest = int(values[: lowest + 1].argmax())
     fall = values[highest] - values[lowest]
@@ -128,7 +145,7 @@ def _suggest(result: RangeTestResult, method: Method) -> float:
     falling = slice(highest, lowest + 1)
     if method == "steepest":
         return float(10 ** log_rates[falling][curve.slopes[falling].argmin()])
-    level = values[highest] - _FRACTIONS[method] * fall
+    level = values[highest] - (_KNEE if method == "knee" else 0.5) * fall
     last = highest + int(np.flatnonzero(values[falling] >= level)[-1])
     pair = [last + 1, last]  # np.interp wants rising values.
     return float(10 ** np.interp(level, values[pair], log_rates[pair]))
@@ -185,13 +202,15 @@ def suggest_learning_rate(
     """Reads a learning rate off the curve of a range test.
 
     All methods read a centred smoothing of the losses in the log of the rate, so a
-    suggestion neither lags nor depends on the test's ``smoothing``.
+    suggestion neither lags nor depends on the test's ``smoothing``. Its width follows
+    the noise, but for the knee, and it ends where the losses climb above their start.
 
-    * ``"knee"``: where the smoothed loss has done four fifths of its fall, from its
-      highest point before the minimum down to the minimum. It is a peak rate for one
-      cycle; on the low side, where a mistake costs least.
-    * ``"valley"``: where it has done half of its fall. The steadiest under noise, and
-      lower by a factor of 2 to 10.
+    * ``"knee"``: where the loss, smoothed over half a decade, has done four fifths of
+      its fall, from its highest point before the minimum down to the minimum. A peak
+      rate for one cycle, on the low side, where a mistake costs least: an explosion
+      close to the fall draws it down.
+    * ``"valley"``: where the loss has done half of its fall, and lower by a factor of 2
+      to 20.
     * ``"steepest"``: where the loss falls fastest per decade of the rate.
     * ``"minimum"``: a tenth of the rate at which the loss is lowest, so Smith's reading
       is ten times this. Where the loss still falls at the end of the ladder, that end
