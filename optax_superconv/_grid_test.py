@@ -83,7 +83,9 @@ class GridTestResult(NamedTuple):
         )
         index = []
         for name, axis in self.axes.items():
-            at = np.flatnonzero(axis == combination[name])
+            # As the step sees them: a JAX array's values are float32 already.
+            wanted = np.float32(combination[name])
+            at = np.flatnonzero(axis.astype(np.float32) == wanted)
             rule = f"one of {axis.tolist()}"
             _checks.require(at.size > 0, name, rule, combination[name])
             index.append(int(at[0]))
@@ -259,12 +261,16 @@ def _one_by_one(
     return _runs.sequential(step_fn, states, hyperparams, devices)
 
 
-def _vmap_pays(step_fn: Any, example: tuple[Any, ...], platform: str) -> bool:
-    """Whether members are faster, and possible, side by side."""
+def _traced(step_fn: Any, example: tuple[Any, ...]) -> Any:
+    """The step's jaxpr; None if it cannot be traced."""
     try:
-        jaxpr = jax.make_jaxpr(jax.jit(step_fn))(*jax.tree.map(_strong, example)).jaxpr
+        return jax.make_jaxpr(jax.jit(step_fn))(*jax.tree.map(_strong, example)).jaxpr
     except Exception:  # A step that is wrong, not just untraceable, fails when run.
-        return False
+        return None
+
+
+def _vmap_pays(jaxpr: Any, platform: str) -> bool:
+    """Whether members are faster side by side."""
     if platform != "cpu":
         return True
     for equation in _equations(jaxpr):
@@ -375,9 +381,10 @@ def grid_test(
 
     Args:
       step_fn: ``(state, hyperparams, batch) -> (state, loss)``, the caller's own
-        training step, best jitted. ``hyperparams`` is a dict of float32 scalar arrays
-        with a value of each axis, and ``"learning_rate"`` with ``mode="range"``. The
-        loss is a scalar. It may donate its state, and must change nothing else.
+        training step, best jitted (``"auto"`` does it where it can). ``hyperparams`` is
+        a dict of float32 scalar arrays with a value of each axis, and
+        ``"learning_rate"`` with ``mode="range"``. The loss is a scalar. It may donate
+        its state, and must change nothing else.
       state: A pytree of any structure, which the step must keep. There are as many
         copies of it as combinations; the caller's survives.
       batches: As for :func:`range_test`; one is drawn per step and seen by all.
@@ -431,8 +438,10 @@ def grid_test(
     """
     _checks.function("step_fn", step_fn)
     _checks.choice("mode", mode, get_args(Mode))
-    if not isinstance(vectorize, bool):
-        _checks.choice("vectorize", vectorize, ["auto"])
+    if not isinstance(vectorize, bool) and vectorize != "auto":
+        raise ValueError(
+            f"`vectorize` must be True, False or 'auto', got {vectorize!r}."
+        )
     at_least = 10 if mode == "range" else 1  # A curve of fewer is not smoothed.
     num_steps = _checks.steps("num_steps", num_steps, at_least=at_least)
     if devices is None:
@@ -464,7 +473,10 @@ def grid_test(
         names = values if ladder is None else {**values, "learning_rate": ladder}
         example = (state, dict.fromkeys(names, np.float32(0.0)), first)
         platform = devices[0].platform if devices else jax.default_backend()
-        vectorize = _vmap_pays(step_fn, example, platform)
+        jaxpr = _traced(step_fn, example)
+        vectorize = jaxpr is not None and _vmap_pays(jaxpr, platform)
+        if jaxpr is not None and not hasattr(step_fn, "lower"):
+            step_fn = jax.jit(step_fn)
     build = _vectorized if vectorize else _one_by_one
     advance = build(step_fn, state, values, ladder, devices)
     with _runs.progress_bar("grid test", progress, num_steps) as tick:

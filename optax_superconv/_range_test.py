@@ -140,7 +140,9 @@ def range_test(
       max_value: The highest rate, above ``min_value``; the last step takes it exactly.
       num_steps: Steps of the ladder, at least 2.
       eval_fn: ``state -> loss``, taken after every update, best jitted: the held-out
-        loss at each rate. Suggestions then read it in place of the training loss.
+        loss at each rate. Suggestions then read it in place of the training loss. It
+        must leave the state alone, so in Flax NNX evaluate an :func:`nnx.view` or a
+        copy: ``model.eval()`` would last.
       smoothing: Of the running average, in [0, 1). It is bias-corrected, so a constant
         loss smooths to itself from the first step.
       divergence_factor: How far the average may rise, above 1.
@@ -238,6 +240,13 @@ def range_test(
             raise _runs.ran_dry(num_steps, len(eval_losses))
     _runs.check_first_loss(losses[0])
     count = len(losses)
+    if eval_fn is not None:
+        _checks.require(
+            np.isfinite(eval_losses[0]),
+            "eval_fn",
+            "finite after the first update, at `min_value`",
+            eval_losses[0],
+        )
     return RangeTestResult(
         ladder[:count],
         np.asarray(losses),

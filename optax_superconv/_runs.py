@@ -37,8 +37,8 @@ def geometric_ladder(min_value: float, max_value: float, num_steps: int) -> np.n
         )
         for name, value in (("min_value", min_value), ("max_value", max_value))
     )
-    above = f"above `min_value` ({min_value})"
-    _checks.require(high > low, "max_value", above, max_value)
+    above = f"above `min_value` ({min_value}) in float32"
+    _checks.require(np.float32(high) > np.float32(low), "max_value", above, max_value)
     num_steps = _checks.steps("num_steps", num_steps, at_least=2)
     ladder = np.geomspace(low, high, num_steps, dtype=np.float32)
     ladder[[0, -1]] = low, high
@@ -97,6 +97,12 @@ def _repeats(batches: Iterable[Any]) -> Iterator[Any]:
 def draw(batches: Any) -> Iterator[Any]:
     """The batches one by one; whatever can be iterated again does so at its end."""
     if is_stacked(batches):
+        if type(batches) is tuple and any(np.ndim(leaf) < 2 for leaf in batches):
+            raise ValueError(
+                "`batches` must be stacked along a leading axis of steps, before that "
+                "of examples, if it is a tuple of arrays (a single batch goes in a "
+                f"list), got arrays of shapes {[np.shape(leaf) for leaf in batches]}."
+            )
         return _slices(batches, num_stacked(batches))
     if isinstance(batches, Iterator):
         return batches
@@ -161,7 +167,8 @@ def check_step(result: Any) -> None:
     """Raises unless a step returned ``(state, loss)`` with a real scalar loss."""
     wanted = "`step_fn` must return a pair (state, loss) with a loss that is"
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"{wanted} a number, got a {type(result).__name__}.")
+        count = f" of {len(result)}" if isinstance(result, tuple) else ""
+        raise TypeError(f"{wanted} a number, got a {type(result).__name__}{count}.")
     check_loss(wanted, result[1])
 
 
@@ -192,7 +199,10 @@ def check_layout(before: tuple[Any, dict[str, str]], state: Any) -> None:
     structure, leaves = layout(state)
     rule = "`step_fn` must return a state like the one it is given"
     if structure != before[0]:
-        raise ValueError(f"{rule} ({before[0]}), got {structure}.")
+        changed = [f"no state{path}" for path in before[1].keys() - leaves.keys()]
+        changed += [f"a new state{path}" for path in leaves.keys() - before[1].keys()]
+        what = ", ".join(sorted(changed)[:3]) or f"{structure}"
+        raise ValueError(f"{rule} in structure, got one with {what[:300]}.")
     for path, kind in before[1].items():
         if leaves.get(path) != kind:
             where = f"state{path} "

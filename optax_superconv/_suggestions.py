@@ -161,13 +161,13 @@ def _suggestions(
         try:
             found.append(_suggest(result, method))
         except ValueError as error:
-            reasons.append(str(error).partition(", got ")[2].rstrip("."))
-    why = "; ".join(dict.fromkeys(reasons))
+            reasons.append(str(error).partition("`result` must be ")[2].rstrip("."))
+    why = "; ".join(f"it must be {reason}" for reason in dict.fromkeys(reasons))
     _checks.require(
         bool(found),
         name,
-        "range tests of which one holds a suggestion",
-        f"{len(reasons)} without: {why}",
+        f"range tests of which one holds a suggestion ({why})",
+        f"{len(reasons)} without",
     )
     if reasons:
         warnings.warn(

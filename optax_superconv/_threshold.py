@@ -209,10 +209,13 @@ def convergence_threshold(
       target_loss: The end loss that counts as converged, below the first loss; None
         fixes it on the ladder, as above.
       num_rates: Rates of the ladder, at least 3.
-      rtol: Relative width of the last bracket, at least 1e-6 (rates are float32).
-      finetune_rate: Above 0: trains the end states that did not converge for another
-        ``num_steps`` at this rate, and calls those of regime 2 that now reach the
-        target ``"2A"`` and the others ``"2B"``. None trains no further.
+      rtol: Relative width of the last bracket, at least 1e-6 (rates are float32). It is
+        not how far a repeat would land: other batches or another initialisation move
+        the threshold of a noisy run by more.
+      finetune_rate: Above 0, and best in regime 1: trains the end states that did not
+        converge for another ``num_steps`` at this rate, and calls those of regime 2
+        that now reach the target ``"2A"`` and the others ``"2B"``. None trains no
+        further.
       progress: Whether to show a progress bar (needs rich).
 
     Returns:

@@ -238,15 +238,15 @@ def plot_grid(
         values = result.axes[name]
         scores = np.where(np.isfinite(result.scores), result.scores, np.nan).ravel()
         order = values.argsort()
-        ax.plot(values[order], scores[order], color="0.75")
-        ax.plot(values, scores, "o", color="C0")
+        values, scores = values[order], scores[order]
+        places = range(len(values))  # Values of 0 and of many decades fit.
+        ax.plot(places, scores, "o-", color="C0")
+        ax.set_xticks(places, [f"{v:.4g}" for v in values])
         lowest = int(np.nanargmin(scores))
         label = f"best: {values[lowest]:.4g}"
-        ax.plot(values[lowest], scores[lowest], "*", color="C1", ms=16, label=label)
+        ax.plot(lowest, scores[lowest], "*", color="C1", ms=16, label=label)
         ax.set_xlabel(name)
         ax.set_ylabel("score")
-        if (values > 0).all() and values.max() > 20 * values.min():
-            ax.set_xscale("log")
         ax.legend()
     else:
         _draw_map(result, ax, long[0], long[1])
@@ -356,9 +356,9 @@ _REGIME_COLORS = {
 def plot_threshold(result: ThresholdResult, ax: Axes | None = None) -> Axes:
     """Draws the end loss over the rate, the regimes, and the threshold.
 
-    Both axes are logarithmic where all losses are above 0. Runs that diverged stand as
-    crosses at the upper edge. Where there was fine-tuning, hollow points show its end
-    losses.
+    Both axes are logarithmic where all losses are above 0. Triangles at the edges stand
+    for losses beyond them, crosses for runs that diverged. Where there was fine-tuning,
+    hollow marks show its end losses.
 
     Args:
       result: Of :func:`optax_superconv.convergence_threshold`.
@@ -407,21 +407,22 @@ def plot_threshold(result: ThresholdResult, ax: Axes | None = None) -> Axes:
         fall = first - result.target_loss
         low, high = result.target_loss - fall, first + fall
         ax.set_ylim(low - 0.1 * fall, high + 0.1 * fall)
-    above = ~(ends <= high)
-    shown = np.clip(np.where(above, high, ends), low, high)
-    ax.plot(rates, shown, color="0.8", zorder=1)
+
+    def draw(values: np.ndarray, at: np.ndarray, label: str, **style: Any) -> None:
+        outside = [~np.isfinite(values), values > high, values < low]
+        marks = np.select(outside, ["x", "^", "v"], "o")
+        shown = np.clip(np.where(outside[0], high, values), low, high)
+        for mark in np.unique(marks[at]):
+            these = at & (marks == mark)
+            ax.plot(rates[these], shown[these], mark, label=label, **style)
+            label = "_"  # One entry in the legend.
+
+    ax.plot(rates, np.clip(np.nan_to_num(ends, nan=high), low, high), color="0.8")
     regimes = np.array(result.regimes)
     for regime, color in _REGIME_COLORS.items():
-        for marker, these in (("o", ~above), ("x", above)):
-            at = (regimes == regime) & these
-            name = f"regime {regime}" if regime[0] in "123" else regime
-            label = name if at.any() and (marker == "o" or not (
-                (regimes == regime) & ~above).any()) else None  # fmt: skip
-            ax.plot(rates[at], shown[at], marker, color=color, label=label)
-    if np.isfinite(tuned).any():
-        at = np.isfinite(tuned)
-        values = np.clip(tuned[at], low, high)
-        ax.plot(rates[at], values, "o", mfc="none", color="k", label="fine-tuned")
+        name = f"regime {regime}" if regime[0] in "123" else regime
+        draw(ends, regimes == regime, name, color=color)
+    draw(tuned, np.isfinite(tuned), "fine-tuned", mfc="none", color="k")
     ax.axhline(result.target_loss, color="0.5", linestyle=":", label="target")
     ax.axvline(
         result.threshold,

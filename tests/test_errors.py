@@ -268,14 +268,32 @@ BAD_VALUES = [
     (
         lambda: run(step_fn=lambda s, r, b: ((s, s), jnp.float32(1.0))),
         "step_fn",
-        "a state like the one it is given",
-        "PyTreeDef",
+        "a state like the one it is given in structure",
+        "a new state[0]",
     ),
     (
-        lambda: osc.range_test(STEP, 0, (np.ones((3, 2)), np.ones(4))),
+        lambda: osc.range_test(STEP, 0, (np.ones((3, 2)), np.ones((4, 2)))),
         "batches",
         "one leading axis of steps",
-        "[(3, 2), (4,)]",
+        "[(3, 2), (4, 2)]",
+    ),
+    (
+        lambda: osc.range_test(STEP, 0, (np.ones((3, 2)), np.ones(3))),
+        "batches",
+        "a single batch goes in a list",
+        "[(3, 2), (3,)]",
+    ),
+    (
+        lambda: run(eval_fn=lambda state: jnp.float32(np.nan)),
+        "eval_fn",
+        "finite after the first update",
+        "nan",
+    ),
+    (
+        lambda: run(min_value=1.0, max_value=1.0 + 1e-12),
+        "max_value",
+        "above `min_value` (1.0) in float32",
+        "1.000000000001",
     ),
     (
         lambda: osc.range_test(STEP, 0, []),

@@ -513,20 +513,35 @@ def dense_step(w, hyperparams, batch):
 )
 def test_auto_looks_into_the_step(step_fn, state, batch, platform, pays):
     example = (state, {"a": np.float32(0)}, batch)
-    assert _grid_test._vmap_pays(step_fn, example, platform) == pays
+    jaxpr = _grid_test._traced(step_fn, example)
+    assert (jaxpr is not None and _grid_test._vmap_pays(jaxpr, platform)) == pays
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
-def test_auto_is_the_faster_of_the_two(vectorize, monkeypatch):
-    monkeypatch.setattr(_grid_test, "_vmap_pays", lambda *_: vectorize)
-    kinds = set()
+@pytest.mark.parametrize("pays", [True, False])
+def test_auto_is_the_faster_of_the_two(pays, monkeypatch):
+    monkeypatch.setattr(_grid_test, "_vmap_pays", lambda *_: pays)
+    built = []
+    for name in ("_vectorized", "_one_by_one"):
+        build = getattr(_grid_test, name)
+        monkeypatch.setattr(
+            _grid_test,
+            name,
+            lambda *args, build=build, name=name: built.append(name) or build(*args),
+        )
+    run(step_fn=lambda w, hyperparams, batch: (w, w.sum()))
+    assert built == ["_vectorized" if pays else "_one_by_one"]
+
+
+def test_auto_compiles_a_plain_step_once_where_vmap_does_not_pay(monkeypatch):
+    monkeypatch.setattr(_grid_test, "_vmap_pays", lambda *_: False)
+    traces = itertools.count()
 
     def step_fn(w, hyperparams, batch):
-        kinds.add(isinstance(w, jax.core.Tracer))
+        next(traces)
         return w, w.sum()
 
-    run(step_fn=step_fn)
-    assert kinds == {vectorize}
+    run(step_fn=step_fn, grid={"a": [1.0, 2.0, 3.0]})
+    assert next(traces) == 1
 
 
 def test_auto_runs_what_cannot_be_traced():
@@ -629,7 +644,7 @@ BAD_VALUES = [
     ({"grid": {"a": [0.1, 0.1]}}, "grid['a']", "distinct", "[0.1, 0.1]"),
     ({"grid": {"learning_rate": [1.0]}}, "grid", "climbs", "learning_rate"),
     ({"mode": "climb"}, "mode", "one of 'range', 'constant'", "'climb'"),
-    ({"vectorize": "always"}, "vectorize", "one of 'auto'", "'always'"),
+    ({"vectorize": "always"}, "vectorize", "True, False or 'auto'", "'always'"),
     ({"num_steps": 9}, "num_steps", "at least 10", "9"),
     ({"num_steps": 0, "mode": "constant"}, "num_steps", "at least 1", "0"),
     ({"min_value": 0.0}, "min_value", "above 0", "0.0"),
@@ -641,7 +656,12 @@ BAD_VALUES = [
     ({"step_fn": nan_step}, "step_fn", "finite first loss", "nan for all"),
     ({"step_fn": lambda w, h, b: (w, w)}, "step_fn", "a real scalar", "(3,)"),
     ({"step_fn": lambda w, h, b: (w[:2], w.sum())}, "step_fn", "float32[3]", "[2]"),
-    ({"step_fn": lambda w, h, b: ((w, w), w.sum())}, "step_fn", "state like", "(*, *)"),
+    (
+        {"step_fn": lambda w, h, b: ((w, w), w.sum())},
+        "step_fn",
+        "state like",
+        "a new state[0]",
+    ),
     (
         {"step_fn": lambda w, h, b: (jnp.bfloat16(w), w.sum())},
         "step_fn",
@@ -690,7 +710,6 @@ def test_a_bad_value_is_named_with_its_rule(options, argument, rule, value, vect
         ({"grid": {"a": np.ones((2, 2))}}, "grid['a']", "[1., 1.]"),
         ({"grid": {3: [1.0]}}, "grid", "3"),
         ({"mode": 3}, "mode", "int"),
-        ({"vectorize": None}, "vectorize", "NoneType"),
         ({"step_fn": 3}, "step_fn", "int"),
         ({"step_fn": lambda w, h, b: w}, "step_fn", "ArrayImpl"),
         ({"step_fn": lambda w, h, b: (w, None)}, "step_fn", "NoneType"),

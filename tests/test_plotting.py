@@ -175,11 +175,11 @@ def test_many_curves_name_the_best_alone():
 
 def test_draws_the_scores_of_one_axis():
     result = grid_result("constant", a=[3.0, -1.0, 1.0], b=[0.5])
-    line, points, star = osc.plotting.plot_grid(result, kind="scores").get_lines()
-    np.testing.assert_array_equal(points.get_xdata(), [3.0, -1.0, 1.0])
-    np.testing.assert_array_equal(points.get_ydata(), [5.5, np.nan, 7.5])
-    np.testing.assert_array_equal(line.get_xdata(), [-1.0, 1.0, 3.0])
-    np.testing.assert_array_equal(star.get_xydata(), [[3.0, 5.5]])
+    ax = osc.plotting.plot_grid(result, kind="scores")
+    points, star = ax.get_lines()
+    np.testing.assert_array_equal(points.get_ydata(), [np.nan, 7.5, 5.5])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["-1", "1", "3"]
+    np.testing.assert_array_equal(star.get_xydata(), [[2, 5.5]])
 
 
 def test_draws_a_map_of_two_axes_with_the_best_marked():

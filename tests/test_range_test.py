@@ -405,7 +405,7 @@ def test_a_sequence_starts_again_at_its_end():
     [
         np.arange(6.0).reshape(3, 2),
         {"x": np.arange(6.0).reshape(3, 2)},
-        (np.arange(6.0).reshape(3, 2), jnp.arange(3)),
+        (np.arange(6.0).reshape(3, 2), jnp.arange(3)[:, None]),
         collections.namedtuple("Pair", "x")(np.ones((3, 2))),
     ],
     ids=lambda stacked: type(stacked).__name__,

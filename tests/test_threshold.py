@@ -476,7 +476,12 @@ BAD_VALUES = [
     ({"batches": []}, "batches", "at least one batch", "none"),
     ({"step_fn": lambda w, r, b: (w, w)}, "step_fn", "a real scalar", "(3,)"),
     ({"step_fn": lambda w, r, b: (w[:2], w.sum())}, "step_fn", "float32[3]", "[2]"),
-    ({"step_fn": lambda w, r, b: ([w], w.sum())}, "step_fn", "like the one", "[*]"),
+    (
+        {"step_fn": lambda w, r, b: ([w], w.sum())},
+        "step_fn",
+        "like the one",
+        "a new state[0]",
+    ),
     (
         {"step_fn": lambda w, r, b: (w, np.nan)},
         "step_fn",
