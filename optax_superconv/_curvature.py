@@ -107,7 +107,7 @@ def _lanczos(
     key: jax.Array,
     *,
     loss_fn: Callable[..., Any],
-    constants: tuple[Hashable, ...],
+    constants: tuple[tuple[type, Hashable], ...],
     treedef: Any,
     num_iterations: int,
 ) -> SharpnessResult:
@@ -117,7 +117,9 @@ def _lanczos(
     start = [_widen(arrays[k]) for k in where]
 
     def loss(theta: Vector) -> jax.Array:
-        leaves = [c if a is None else a for a, c in zip(arrays, constants, strict=True)]
+        leaves = [
+            c[1] if a is None else a for a, c in zip(arrays, constants, strict=True)
+        ]
         for k, leaf in zip(where, theta, strict=True):
             leaves[k] = leaf.astype(arrays[k].dtype)
         params, args = treedef.unflatten(leaves)
@@ -269,7 +271,8 @@ def sharpness(
         divisors,
         jax.random.key(0) if key is None else key,
         loss_fn=loss_fn,
-        constants=tuple(None if _is_array(leaf) else leaf for leaf in leaves),
+        # With its type: 1 and True are equal, and would share a program.
+        constants=tuple((type(x), None if _is_array(x) else x) for x in leaves),
         treedef=treedef,
         num_iterations=int(num_iterations),
     )
@@ -327,7 +330,8 @@ def stability_limit(
       <https://arxiv.org/abs/2003.02218>`_, 2020 (the catapult).
     """
     _checks.choice("optimizer", optimizer, get_args(Optimizer))
-    _checks.number("momentum", momentum, _checks.DECAY_RULE, _checks.decay_rate)
+    if optimizer != "gd":
+        _checks.number("momentum", momentum, _checks.DECAY_RULE, _checks.decay_rate)
     top: Any = sharpness.value if isinstance(sharpness, SharpnessResult) else sharpness
     if isinstance(top, bool) or not (isinstance(top, int | float) or _is_array(top)):
         rule = "a number, an array or a SharpnessResult"

@@ -162,17 +162,6 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                 yield from _equations(inner)
 
 
-def _strong(leaf: Any) -> jax.Array:
-    """An array whose dtype is its own, not a Python number's."""
-    return jnp.asarray(leaf, None if _is_key(leaf) else jnp.result_type(leaf))
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    )
-
-
 def _vectorized(
     step_fn: Callable[..., Any],
     state: Any,
@@ -196,7 +185,7 @@ def _vectorized(
     rates = None if ladder is None else jax.device_put(list(ladder), each)
 
     def start_fn(state: Any) -> Any:
-        state = jax.tree.map(_strong, state)
+        state = jax.tree.map(_runs.strong, state)
         shape = (num_members + padding,)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, shape + x.shape), state)
 
@@ -206,10 +195,10 @@ def _vectorized(
         result = step_fn(state, hyperparams, batch)
         _runs.check_step(result)
         _runs.check_layout(_runs.layout(state), result[0])
-        return jax.tree.map(_strong, result)
+        return jax.tree.map(_runs.strong, result)
 
     def advance_fn(states: Any, hyperparams: Any, rate: Any, batch: Any) -> Any:
-        batch = jax.tree.map(_strong, batch)
+        batch = jax.tree.map(_runs.strong, batch)
         climbing = {} if rate is None else {"learning_rate": rate}
         return jax.vmap(lambda s, h: member_fn(s, h | climbing, batch))(
             states, hyperparams
@@ -261,14 +250,6 @@ def _one_by_one(
     return _runs.sequential(step_fn, states, hyperparams, devices)
 
 
-def _traced(step_fn: Any, example: tuple[Any, ...]) -> Any:
-    """The step's jaxpr; None if it cannot be traced."""
-    try:
-        return jax.make_jaxpr(jax.jit(step_fn))(*jax.tree.map(_strong, example)).jaxpr
-    except Exception:  # A step that is wrong, not just untraceable, fails when run.
-        return None
-
-
 def _vmap_pays(jaxpr: Any, platform: str) -> bool:
     """Whether members are faster side by side."""
     if platform != "cpu":
@@ -290,7 +271,7 @@ def _compare(
 ) -> GridTestResult:
     """Scores the members' losses, (members, num_steps)."""
     num_steps = losses.shape[1]
-    tail = losses[:, -max(1, num_steps // 10) :]
+    tail = losses[:, -_runs.tenth(losses) :]
     diverged = ~np.isfinite(losses).all(axis=1)
     scores, errors = np.full((2, len(losses)), np.inf)
     if ladder is None:
@@ -307,7 +288,7 @@ def _compare(
             lowest = smooth.values.argmin()
             scores[k], errors[k] = smooth.values[lowest], smooth.errors[lowest]
 
-    order = np.argsort(scores)
+    order = np.argsort(scores, kind="stable")
     best, second = order[0], order[min(1, len(order) - 1)]
     _checks.require(
         np.isfinite(scores[best]),
@@ -323,7 +304,7 @@ def _compare(
         margin = scores[second] - scores[best]
         if ladder is not None:
             error = np.hypot(errors[best], errors[second])
-        elif tail.shape[1] > 1 and np.isfinite(margin):
+        elif tail.shape[1] >= 10 and np.isfinite(margin):
             apart = tail[second] - tail[best]
             error = apart.std(ddof=1) / np.sqrt(len(apart))
         else:
@@ -374,7 +355,8 @@ def grid_test(
 
     The standard error of the margin is, at climbing rates, that of the two smoothed
     points as if each had seen batches of its own, which is cautious; at constant
-    values, that of the mean difference over the last tenth, from step to step.
+    values, that of the mean difference over the last tenth, from step to step, as if
+    steps were independent; NaN for fewer than 100 steps, whose tenth tells too little.
 
     One compilation serves the whole grid. A member that diverges does not disturb the
     others.
@@ -473,10 +455,19 @@ def grid_test(
         names = values if ladder is None else {**values, "learning_rate": ladder}
         example = (state, dict.fromkeys(names, np.float32(0.0)), first)
         platform = devices[0].platform if devices else jax.default_backend()
-        jaxpr = _traced(step_fn, example)
+        jaxpr = None
+        if not _runs.shares_variables(state):
+            jaxpr = _runs.jaxpr_of(step_fn, example)
         vectorize = jaxpr is not None and _vmap_pays(jaxpr, platform)
         if jaxpr is not None and not hasattr(step_fn, "lower"):
             step_fn = jax.jit(step_fn)
+    _checks.require(
+        not (vectorize and _runs.shares_variables(state)),
+        "state",
+        "without Variables that Flax NNX objects share, under `vmap` (split it with "
+        "`nnx.split`, or take vectorize=False)",
+        "a shared one",
+    )
     build = _vectorized if vectorize else _one_by_one
     advance = build(step_fn, state, values, ladder, devices)
     with _runs.progress_bar("grid test", progress, num_steps) as tick:

@@ -25,7 +25,12 @@ State = TypeVar("State")
 BLOCK = 8
 
 
-def geometric_ladder(min_value: float, max_value: float, num_steps: int) -> np.ndarray:
+def geometric_ladder(
+    min_value: float,
+    max_value: float,
+    num_steps: int,
+    names: tuple[str, str] = ("min_value", "max_value"),
+) -> np.ndarray:
     """(num_steps,) float32 rates from ``min_value`` to ``max_value``, both exactly."""
     float32 = np.finfo(np.float32)
     low, high = (
@@ -35,10 +40,10 @@ def geometric_ladder(min_value: float, max_value: float, num_steps: int) -> np.n
             "above 0 and finite in float32",
             lambda x: (x >= float32.tiny) & (x <= float32.max),
         )
-        for name, value in (("min_value", min_value), ("max_value", max_value))
+        for name, value in zip(names, (min_value, max_value), strict=True)
     )
-    above = f"above `min_value` ({min_value}) in float32"
-    _checks.require(np.float32(high) > np.float32(low), "max_value", above, max_value)
+    above = f"above `{names[0]}` ({min_value}) in float32"
+    _checks.require(np.float32(high) > np.float32(low), names[1], above, max_value)
     num_steps = _checks.steps("num_steps", num_steps, at_least=2)
     ladder = np.geomspace(low, high, num_steps, dtype=np.float32)
     ladder[[0, -1]] = low, high
@@ -123,6 +128,40 @@ def ran_dry(num_steps: int, steps_run: int) -> ValueError:
     )
 
 
+def shares_variables(state: Any) -> bool:
+    """Whether Flax NNX objects share a Variable, which a pytree would not know."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+
+    def is_variable(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Variable)
+
+    leaves = filter(is_variable, jax.tree.leaves(state, is_leaf=is_variable))
+    variables = [id(leaf) for leaf in leaves]
+    return len(set(variables)) < len(variables)
+
+
+def jaxpr_of(step_fn: Any, example: tuple[Any, ...]) -> Any:
+    """The jaxpr of a step that takes these arguments; None if it cannot be traced."""
+    try:
+        return jax.make_jaxpr(jax.jit(step_fn))(*jax.tree.map(strong, example)).jaxpr
+    except Exception:  # A step that is wrong, not just untraceable, fails when run.
+        return None
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of PRNG keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
+
+
+def strong(leaf: Any) -> jax.Array:
+    """An array whose dtype is its own, not a Python number's."""
+    return jnp.asarray(leaf, None if is_key(leaf) else jnp.result_type(leaf))
+
+
 def copy_state(state: State, device: jax.Device | None = None) -> State:
     """A state whose arrays may be donated, in place of the caller's."""
     copies: dict[int, jax.Array] = {}
@@ -134,20 +173,39 @@ def copy_state(state: State, device: jax.Device | None = None) -> State:
             return leaf
         if id(leaf) not in copies:
             # Compiles nothing, unlike `leaf.copy()`, and leaves the array where it is.
-            copies[id(leaf)] = jax.device_put(leaf, device, may_alias=False)
+            copy = jax.device_put(leaf, device, may_alias=False)
+            if getattr(copy, "weak_type", False):
+                # What a step returns is not, and the step would be traced anew.
+                copy = copy.astype(copy.dtype)
+            copies[id(leaf)] = copy
         return copies[id(leaf)]
 
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is not None and any(
-        isinstance(leaf, nnx.Variable)
-        for leaf in jax.tree.leaves(
-            state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-        )
-    ):
-        # A pytree would not know that two Flax NNX objects share a Variable.
+    if shares_variables(state):
+        from flax import nnx
+
         graph, leaves = nnx.split(state)
         return nnx.merge(graph, jax.tree.map(copied, leaves))
     return jax.tree.map(copied, state)
+
+
+def tenth(losses: np.ndarray) -> int:
+    """A tenth of the steps, at least 1."""
+    return max(1, losses.shape[-1] // 10)
+
+
+def end_losses(losses: np.ndarray) -> np.ndarray:
+    """(...,) means of the last tenths of (..., num_steps) losses; NaN if not finite."""
+    ends = losses[..., -tenth(losses) :].mean(axis=-1)
+    return np.where(np.isfinite(ends), ends, np.nan)
+
+
+def noise(losses: np.ndarray) -> float:
+    """Standard deviation of a loss around the trend of its run."""
+    steps = np.diff(losses[np.isfinite(losses)])
+    if not steps.size:
+        return 0.0
+    # A median of differences sees the noise and neither a fall nor an explosion.
+    return float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
 
 
 def check_loss(wanted: str, loss: Any) -> None:
@@ -231,17 +289,18 @@ def sequential(
     before = layout(states[0])
 
     def advance(step: int, batch: Any, members: Sequence[int]) -> list[Any]:
-        placed = [
-            jax.tree.map(
-                lambda x, d=device: jax.device_put(x, d) if _is_array(x) else x, batch
-            )
-            for device in devices
-        ] or [batch]
+        placed: dict[int, Any] = {} if devices else {0: batch}
         losses: list[Any] = []
         for member in members:
-            result = step_fn(
-                states[member], hyperparams(step, member), placed[member % len(placed)]
-            )
+            where = member % len(devices) if devices else 0
+            if where not in placed:
+                placed[where] = jax.tree.map(
+                    lambda x, d=devices[where]: (
+                        jax.device_put(x, d) if _is_array(x) else x
+                    ),
+                    batch,
+                )
+            result = step_fn(states[member], hyperparams(step, member), placed[where])
             if step == 0 and not losses:
                 check_step(result)
                 check_layout(before, result[0])

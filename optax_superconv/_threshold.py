@@ -70,24 +70,6 @@ class _Judge(NamedTuple):
         return "2" if end < self.untrained else "3"
 
 
-def _tenth(losses: np.ndarray) -> int:
-    return max(1, losses.shape[-1] // 10)
-
-
-def _end_losses(losses: np.ndarray) -> np.ndarray:
-    """(...,) means of the last tenths of (..., num_steps) losses; NaN if not finite."""
-    ends = losses[..., -_tenth(losses) :].mean(axis=-1)
-    return np.where(np.isfinite(ends), ends, np.nan)
-
-
-def _noise(losses: np.ndarray) -> float:
-    """Standard deviation of a loss around the trend of its run."""
-    steps = np.diff(losses[np.isfinite(losses)])
-    if not steps.size:
-        return 0.0
-    return float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
-
-
 def _judge(losses: np.ndarray, ladder: np.ndarray, target: float | None) -> _Judge:
     """The target, and where on the ladder runs cease to reach it."""
     first, top = float(losses[0, 0]), len(ladder) - 1
@@ -95,7 +77,7 @@ def _judge(losses: np.ndarray, ladder: np.ndarray, target: float | None) -> _Jud
     if target is not None:
         rule = f"below the first loss ({first:.4g})"
         _checks.require(target < first, "target_loss", rule, target)
-    ends = _end_losses(losses)
+    ends = _runs.end_losses(losses)
     _checks.require(
         np.isfinite(ends).any(),
         "bounds",
@@ -107,9 +89,9 @@ def _judge(losses: np.ndarray, ladder: np.ndarray, target: float | None) -> _Jud
     seen = f"a lowest end loss of {best:.4g} (at rate {ladder[lowest]:.3g}) "
     # A single loss is as noisy as its batch, so the start is a mean as the ends are;
     # unless the lowest rate learns as quickly as that.
-    noise = 3 * _noise(losses[0])
-    start = max(float(losses[0, : _tenth(losses)].mean()), first - noise)
-    noise *= math.sqrt(2 / _tenth(losses))
+    noise = 3 * _runs.noise(losses[0])
+    start = max(float(losses[0, : _runs.tenth(losses)].mean()), first - noise)
+    noise *= math.sqrt(2 / _runs.tenth(losses))
     higher = "raise `bounds[1]` or `num_steps`"
     remedy = {0: "lower `bounds[0]`", top: higher}.get(lowest, "raise `num_steps`")
     _checks.require(
@@ -121,7 +103,7 @@ def _judge(losses: np.ndarray, ladder: np.ndarray, target: float | None) -> _Jud
     )
     given = target is not None
     if target is None:
-        target = first - 0.9 * (first - best)
+        target = start - 0.9 * (start - best)
     _checks.require(
         best <= target,
         "target_loss",
@@ -130,7 +112,7 @@ def _judge(losses: np.ndarray, ladder: np.ndarray, target: float | None) -> _Jud
     )
     with np.errstate(invalid="ignore"):
         converged = ends <= target
-        good = converged & (ends <= best + 1e-3 * (first - best))
+        good = converged & (ends <= best + 1e-3 * (start - best))
     # The interval around the best rate; of equals the largest.
     low = high = int(np.flatnonzero(good)[-1])
     _checks.require(
@@ -175,10 +157,11 @@ def convergence_threshold(
     and the next until they lie within a factor of ``1 + rtol``. A run converges if the
     mean of the last tenth of its losses is at most the target. By default that is
 
-    .. math:: \text{first} - 0.9\, (\text{first} - \text{best}),
+    .. math:: \text{start} - 0.9\, (\text{start} - \text{best}),
 
-    with the first loss, common to all runs, and the lowest end loss of the ladder: nine
-    tenths of the way down, whether the best is 1e-3 or 1e-30.
+    with the mean of the first tenth of the losses at the lowest rate (or the first loss
+    less its noise, if that rate learns so quickly) and the lowest end loss of the
+    ladder: nine tenths of the way down, whether the best is 1e-3 or 1e-30.
 
     Rates that are too small miss the target as well, so the rates that converge form an
     interval, and the threshold is its upper end. It is the interval around the lowest
@@ -257,26 +240,14 @@ def convergence_threshold(
         raise TypeError(
             f"`bounds` must be a pair (lowest, highest) of rates, got {bounds!r}."
         )
-    low, high = (
-        _checks.scalar(
-            f"bounds[{k}]",
-            bound,
-            "above 0 and finite in float32",
-            lambda x: (
-                (x >= np.finfo(np.float32).tiny) & (x <= np.finfo(np.float32).max)
-            ),
-        )
-        for k, bound in enumerate(bounds)
-    )
-    _checks.require(high > low, "bounds[1]", f"above `bounds[0]` ({low})", high)
-    num_steps = _checks.steps("num_steps", num_steps, at_least=2)
     num_rates = _checks.steps("num_rates", num_rates, at_least=3)
+    ladder = _runs.geometric_ladder(*bounds, num_rates, ("bounds[0]", "bounds[1]"))
+    num_steps = _checks.steps("num_steps", num_steps, at_least=2)
     _checks.scalar("rtol", rtol, "at least 1e-6 and finite", lambda x: x >= 1e-6)
     if target_loss is not None:
         target_loss = _checks.scalar("target_loss", target_loss)
     if finetune_rate is not None:
         _checks.scalar("finetune_rate", finetune_rate, "above 0", lambda x: x > 0)
-    ladder = _runs.geometric_ladder(low, high, num_rates)
     spacing = math.log(ladder[1] / ladder[0]) / math.log1p(rtol)
     total = (1 + max(0, math.ceil(math.log2(spacing)))) * num_steps
     if finetune_rate is not None:
@@ -305,16 +276,13 @@ def convergence_threshold(
             states = [_runs.copy_state(state)]
             rate = np.float32(math.sqrt(float(below) * float(above)))
             (curve,) = train(states, np.array([rate]))
-            converges = _end_losses(curve) <= judge.target
+            converges = _runs.end_losses(curve) <= judge.target
             below, above = (rate, above) if converges else (below, rate)
             runs.append((rate, curve, states[0] if keeps else None))
 
         runs.sort(key=lambda run: run[0])
-        rates, losses = (
-            np.array([run[0] for run in runs]),
-            np.array([r[1] for r in runs]),
-        )
-        ends = _end_losses(losses)
+        rates, losses = (np.array([run[k] for run in runs]) for k in (0, 1))
+        ends = _runs.end_losses(losses)
         regimes = [judge.regime(*pair) for pair in zip(rates, ends, strict=True)]
         finetuned = None
         if finetune_rate is not None:
@@ -327,7 +295,7 @@ def convergence_threshold(
             if again:
                 states = [runs[k][2] for k in again]
                 finetuned[again] = train(states, np.full(len(again), finetune_rate))
-            reaches = _end_losses(finetuned) <= judge.target
+            reaches = _runs.end_losses(finetuned) <= judge.target
             regimes = [
                 regime + ("A" if reached else "B") if regime == "2" else regime
                 for regime, reached in zip(regimes, reaches, strict=True)

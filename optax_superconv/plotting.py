@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from optax_superconv import _checks
+from optax_superconv import _checks, _runs
 from optax_superconv._grid_test import GridTestResult
 from optax_superconv._range_test import RangeTestResult
 from optax_superconv._suggestions import (
@@ -394,8 +394,7 @@ def plot_threshold(result: ThresholdResult, ax: Axes | None = None) -> Axes:
     first = float(result.losses[0, 0])
     tuned = np.full(len(rates), np.nan)
     if result.finetuned_losses is not None:
-        tail = max(1, result.finetuned_losses.shape[1] // 10)
-        tuned = result.finetuned_losses[:, -tail:].mean(axis=1)
+        tuned = _runs.end_losses(result.finetuned_losses)
     logarithmic = first > 0 and np.nanmin(ends) >= 0 and result.target_loss > 0
     # What lies far below the target or above the first loss is drawn at the edges.
     if logarithmic:

@@ -587,3 +587,37 @@ def test_nothing_raises_under_jit():
     jax.eval_shape(lambda p: measure(preconditioner=p), {"w": jnp.zeros(3)})
     jax.jit(lambda m: osc.stability_limit(1.0, momentum=m))(1.0)
     jax.jit(lambda r: free(learning_rate=r))(-1.0)
+
+
+def test_equal_constants_of_different_types_are_told_apart():
+    """``1 == True``, and both are static."""
+
+    def loss_fn(params, doubled):
+        factor = 1.0 if doubled is True else 3.0
+        return factor * jnp.sum(params**2)
+
+    params = jnp.ones(2)
+    for constant, expected in ((True, 2.0), (1, 6.0)):
+        value = osc.sharpness(loss_fn, params, constant).value
+        assert value == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dense_quadratics_are_within_one_per_cent(seed):
+    """Rotated; eigenvalues over four decades, linear, and of a Wishart matrix."""
+    rng = np.random.default_rng(seed)
+    rotation = np.linalg.qr(rng.normal(size=(50, 50)))[0]
+    factor = rng.normal(size=(50, 100))
+    for matrix in (
+        rotation * np.geomspace(1e-4, 3.0, 50) @ rotation.T,
+        rotation * np.linspace(0.1, 20.0, 50) @ rotation.T,
+        factor @ factor.T / 100,
+    ):
+        top = np.linalg.eigvalsh(matrix)[-1]
+        params = jnp.asarray(rng.normal(size=50), jnp.float32)
+        found = osc.sharpness(quadratic_form, params, jnp.asarray(matrix, jnp.float32))
+        assert found.value == pytest.approx(top, rel=0.01)
+
+
+def quadratic_form(params, matrix):
+    return 0.5 * params @ matrix @ params

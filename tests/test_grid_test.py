@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import optax_superconv as osc
-from optax_superconv import _grid_test
+from optax_superconv import _grid_test, _runs
 
 DECAYS, MOMENTA = [0.0, 1e-4, 1e-3, 1e-2], [0.0, 0.5, 0.9]
 GRID = {"weight_decay": DECAYS, "momentum": MOMENTA}
@@ -513,7 +513,7 @@ def dense_step(w, hyperparams, batch):
 )
 def test_auto_looks_into_the_step(step_fn, state, batch, platform, pays):
     example = (state, {"a": np.float32(0)}, batch)
-    jaxpr = _grid_test._traced(step_fn, example)
+    jaxpr = _runs.jaxpr_of(step_fn, example)
     assert (jaxpr is not None and _grid_test._vmap_pays(jaxpr, platform)) == pays
 
 
@@ -574,19 +574,58 @@ def replay(curves, **options):
 
 def test_the_score_of_constant_runs_is_the_mean_of_the_last_tenth():
     rng = np.random.default_rng(0)
-    curves = rng.normal(size=(4, 60))
+    curves = rng.normal(size=(4, 120))
     curves[2, 30] = np.nan
     result = replay(curves, mode="constant")
-    expected = curves[:, -6:].mean(axis=1)
+    expected = curves[:, -12:].mean(axis=1)
     expected[2] = np.inf
     np.testing.assert_allclose(result.scores, expected, rtol=1e-5)
     order = np.argsort(expected)
     assert result.best == {"k": float(order[0])}
     margin = expected[order[1]] - expected[order[0]]
     assert result.margin == pytest.approx(margin, rel=1e-5)
-    apart = curves[order[1], -6:] - curves[order[0], -6:]
-    error = np.std(apart, ddof=1) / np.sqrt(6)
+    apart = curves[order[1], -12:] - curves[order[0], -12:]
+    error = np.std(apart, ddof=1) / np.sqrt(12)
     assert result.margin_in_errors == pytest.approx(margin / error, rel=1e-4)
+
+
+class Tied(nnx.Module):
+    """Two names for one Variable."""
+
+    def __init__(self):
+        self.a = nnx.Param(jnp.ones(2))
+        self.b = self.a
+
+
+def tied_step(model, hyperparams, batch):
+    graph, weights = nnx.split(model)
+
+    def loss_fn(weights):
+        merged = nnx.merge(graph, weights)
+        return jnp.sum(merged.a[...] ** 2) + jnp.sum(merged.b[...] ** 2)
+
+    loss, grads = jax.value_and_grad(loss_fn)(weights)
+    rate = hyperparams["learning_rate"]
+    weights = jax.tree.map(lambda w, g: w - rate * g, weights, grads)
+    return nnx.merge(graph, weights), loss
+
+
+def test_variables_that_are_shared_stay_shared():
+    options = {"mode": "constant", "num_steps": 5, "vectorize": "auto"}
+    grid = {"learning_rate": [0.01, 0.02]}
+    result = osc.grid_test(tied_step, Tied(), [None], grid, **options)
+    rates = np.array([0.01, 0.02])
+    expected = 4 * (1 - 4 * rates[:, None]) ** (2 * np.arange(5))
+    np.testing.assert_allclose(result.losses, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="`state` must be without Variables"):
+        osc.grid_test(tied_step, Tied(), [None], grid, **options | {"vectorize": True})
+
+
+def test_a_short_tail_tells_no_errors():
+    curves = np.random.default_rng(0).normal(size=(3, 99))
+    result = replay(curves, mode="constant")
+    assert np.isfinite(result.margin)
+    assert np.isnan(result.margin_in_errors)
 
 
 def test_the_score_of_a_climbing_rate_is_the_lowest_point_without_noise():

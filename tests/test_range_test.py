@@ -231,6 +231,18 @@ def test_one_scan_gives_what_the_loop_gives(monkeypatch, eval_fn, length, max_va
                 np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+def test_a_step_that_cannot_be_traced_is_looped_over(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    seen = []
+
+    def step_fn(state, learning_rate, batch):
+        seen.append(float(batch))
+        return state, jnp.float32(1.0)
+
+    osc.range_test(step_fn, jnp.zeros(()), np.arange(3.0), num_steps=4)
+    assert seen == [0.0, 1.0, 2.0, 0.0]
+
+
 def test_a_state_that_cannot_be_scanned_is_looped_over(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     seen = []
@@ -289,6 +301,20 @@ def test_the_state_stays_where_it_is_and_nothing_is_compiled_again():
         assert step._cache_size() == 1
 
 
+def test_a_weakly_typed_state_is_traced_once():
+    traces = itertools.count()
+
+    @jax.jit
+    def step_fn(w, learning_rate, batch):
+        next(traces)
+        return w - learning_rate, w * 1.0
+
+    state = jnp.asarray(0.5)
+    assert state.weak_type
+    osc.range_test(step_fn, state, [None], num_steps=5)
+    assert next(traces) == 1
+
+
 def test_nnx_model_and_optimizer_survive():
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
@@ -335,7 +361,10 @@ class Trainer(nnx.Module):
         self.model = model
 
 
-def test_nnx_objects_that_share_a_variable_go_on_sharing_it():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_nnx_objects_that_share_a_variable_go_on_sharing_it(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
     def start():
         model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
         return model, Trainer(model)
@@ -360,7 +389,7 @@ def test_nnx_objects_that_share_a_variable_go_on_sharing_it():
     state = start()
     before = np.asarray(state[0].kernel[...])
     result = osc.range_test(
-        step_fn, state, [jnp.ones((4, 2))], min_value=1e-3, max_value=0.1, num_steps=20
+        step_fn, state, jnp.ones((1, 4, 2)), min_value=1e-3, max_value=0.1, num_steps=20
     )
     np.testing.assert_allclose(result.losses, expected, rtol=1e-5)
     assert result.losses[-1] < result.losses[0]
@@ -481,7 +510,7 @@ def test_suggestions_on_a_known_curve(scale, shift):
         return before[falling(before) > level][-1]
 
     known = {
-        "knee": fallen(0.8),
+        "knee": fallen(0.9),
         "valley": fallen(0.5),
         "steepest": -2.5,
         "minimum": lowest - 1,
@@ -492,19 +521,20 @@ def test_suggestions_on_a_known_curve(scale, shift):
         assert abs(np.log10(suggested) - known[method]) < 0.25, method
 
 
-@pytest.mark.parametrize("noise", [0.02, 0.2])
+@pytest.mark.parametrize("noise", [0.02, 0.05, 0.1, 0.2])
 def test_the_default_is_steady_under_noise(noise):
-    """5 to 95 % over 200 seeds within a factor of 2 (fastai's valley: 3.6)."""
+    """5 to 95 % over 200 seeds within a factor of 2, in each of 5 families of seeds."""
     x = np.log10(RATES)
-    suggested = []
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        noisy = falling(x) + noise * rng.normal(size=100)
-        suggested.append(osc.suggest_learning_rate(as_result(noisy)))
-    low, median, high = np.percentile(suggested, [5, 50, 95])
-    assert high / low <= 2
-    # Between a tenth and nine tenths of the noiseless fall.
-    assert 4e-4 < median < 0.035
+    for family in range(5):
+        suggested = []
+        for seed in range(200):
+            rng = np.random.default_rng([family, seed])
+            noisy = falling(x) + noise * rng.normal(size=100)
+            suggested.append(osc.suggest_learning_rate(as_result(noisy)))
+        low, median, high = np.percentile(suggested, [5, 50, 95])
+        assert high / low <= 2
+        # Between a tenth of the noiseless fall and its end.
+        assert 4e-4 < median < 0.6
 
 
 def test_a_suggestion_does_not_depend_on_the_running_average():
@@ -685,6 +715,7 @@ def test_repeats_that_diverge_at_once_are_counted_and_left_out():
 
 def test_held_out_losses_are_what_is_read():
     x = np.log10(RATES)
-    sooner = as_result(falling(x))._replace(eval_losses=falling(x + 1))
-    training = osc.suggest_learning_rate(as_result(falling(x)))
-    assert osc.suggest_learning_rate(sooner) == pytest.approx(training / 10, rel=0.1)
+    result = as_result(falling(x))._replace(eval_losses=falling(x + 1))
+    expected = osc.suggest_learning_rate(as_result(falling(x + 1)))
+    assert osc.suggest_learning_rate(result) == expected
+    assert expected < 0.5 * osc.suggest_learning_rate(as_result(falling(x)))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import optax_superconv as osc
-from optax_superconv import _threshold
+from optax_superconv import _runs
 
 # On a parabola of curvature L an optimizer is stable up to this over L: 2 for gradient
 # descent, 2 + 2b with a trace, (2 + 2b) / (1 + 2b) with Nesterov's, and
@@ -228,9 +228,9 @@ def test_what_is_within_the_noise_of_the_first_loss_is_not_learned():
 def test_noise_is_seen_apart_from_the_trend():
     rng = np.random.default_rng(0)
     losses = 5 - np.linspace(0, 3, 2000) + 0.1 * rng.normal(size=2000)
-    assert _threshold._noise(losses) == pytest.approx(0.1, rel=0.1)
+    assert _runs.noise(losses) == pytest.approx(0.1, rel=0.1)
     losses[1500:] = np.nan
-    assert _threshold._noise(losses) == pytest.approx(0.1, rel=0.1)
+    assert _runs.noise(losses) == pytest.approx(0.1, rel=0.1)
 
 
 def finetunable():
@@ -572,3 +572,22 @@ def test_a_lowest_rate_may_be_the_best_by_a_hair():
 def test_progress_counts_the_steps(capsys):
     run(progress=True)
     assert "100%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", [-0.15, 0.15])
+def test_an_easy_or_hard_first_batch_does_not_set_the_target(first):
+    """Three standard deviations; gradient descent on a curvature of 1."""
+    noise = 0.05 * np.random.default_rng(0).normal(size=200)
+    noise[0] = first
+    noise = jnp.asarray(noise, jnp.float32)
+
+    @jax.jit
+    def step_fn(state, rate, batch):
+        w, step = state
+        return (w - rate * w, step + 1), w**2 / 2 + noise[step]
+
+    result = osc.convergence_threshold(
+        step_fn, (jnp.ones(()), jnp.int32(0)), [None], num_steps=200
+    )
+    assert result.threshold == pytest.approx(2.0, rel=0.05)
+    assert result.target_loss == pytest.approx(0.05, abs=0.03)
