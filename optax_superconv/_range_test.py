@@ -81,6 +81,7 @@ def _scan(
 
         return jax.lax.scan(body, state, (jnp.arange(len(rates)), rates))[1]
 
+    state = jax.tree.map(_runs.strong, state)
     args = state, jax.tree.map(jnp.asarray, batches), ladder
     try:
         lowered = jax.jit(run).lower(*args)
@@ -142,7 +143,7 @@ def range_test(
         loss smooths to itself from the first step.
       divergence_factor: How far the average may rise, above 1.
       patience: Steps the average may stay that high, at least 1.
-      progress: Whether to show a progress bar (needs rich).
+      progress: Whether to show a progress bar (needs rich); a scan shows none.
 
     Returns:
       A :class:`RangeTestResult`; see :func:`suggest_learning_rate` for its use.

@@ -301,7 +301,9 @@ def test_the_state_stays_where_it_is_and_nothing_is_compiled_again():
         assert step._cache_size() == 1
 
 
-def test_a_weakly_typed_state_is_traced_once():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_weakly_typed_state_is_traced_once(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     traces = itertools.count()
 
     @jax.jit
@@ -311,7 +313,7 @@ def test_a_weakly_typed_state_is_traced_once():
 
     state = jnp.asarray(0.5)
     assert state.weak_type
-    osc.range_test(step_fn, state, [None], num_steps=5)
+    osc.range_test(step_fn, state, np.zeros((2, 1)), num_steps=5)
     assert next(traces) == 1
 
 
