@@ -1,6 +1,6 @@
 """Super-convergence on handwritten digits: one cycle against a step schedule.
 
-A range test picks the peak rate of a one-cycle run of 20 epochs. Against it stands the
+Range tests pick the peak rate of a one-cycle run of 20 epochs. Against it stands the
 conventional schedule, a constant rate cut to a tenth at one half and at three quarters
 of the run, for as long and for eight times as long, its rate tuned over a grid of whole
 runs on validation data. Same network, data, batches and weight decay. What is printed
@@ -135,17 +135,17 @@ def spread(values, digits):
     return text if len(good) == len(values) else f"{text} ({len(good)}/{len(values)})"
 
 
-def draw(results, test, peak, total, path):
+def draw(results, tests, peak, total, path):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4))
-    osc.plotting.plot_range_test(test, left, method=None)
+    osc.plotting.plot_range_test(tests, left, method=None)
     left.axvline(peak, color="C3", label=f"chosen peak: {peak:.2g}")
-    left.set_title("Range test (seed 0)")
+    left.set_title("Range tests")
     left.legend()
     rate = osc.onecycle_schedule(peak, total)
     momentum = osc.onecycle_momentum_schedule(total)
     dials = {"learning rate": rate, "momentum": momentum}
     osc.plotting.plot_schedule(dials, total, middle)
-    middle.set_title("The dials (seed 0)")
+    middle.set_title("The dials")
     for arm, (_, _, curves) in results.items():
         steps = EPOCH * np.arange(1, curves.shape[1] + 1)
         right.plot(steps, curves.mean(0), label=arm)
@@ -186,7 +186,7 @@ def main():
         for seed in range(seeds)
     ]
     # Smith (2018) takes for the peak the rate of the lowest loss, not a tenth of it.
-    peaks = [10 * osc.suggest_learning_rate(t, method="minimum") for t in tests]
+    peak = 10 * osc.suggest_learning_rate(tests, method="minimum")
 
     with Progress(console=console) as bar:
         for arm, (make_tx, epochs) in arms.items():
@@ -198,7 +198,8 @@ def main():
                 data=data,
                 advance=functools.partial(bar.advance, task),
             )
-            rates, tuning_steps = peaks, len(tests[0].losses)
+            rates = [peak] * seeds
+            tuning_steps = sum(len(t.losses) for t in tests)
             runs = seeds + (arm != "one-cycle") * len(grid) * tuning_seeds
             bar.update(task, total=runs * epochs)
             if arm != "one-cycle":
@@ -225,7 +226,7 @@ def main():
         table.add_row(arm, *row, spread(100 * curves[:, -1], 1))
     console.print(table)
     path = args.out / "01_super_convergence.png"
-    draw(results, tests[0], peaks[0], short * EPOCH, path)
+    draw(results, tests, peak, short * EPOCH, path)
     console.print(f"picture: {path}")
 
 

@@ -160,8 +160,8 @@ def main():
         "knee, median of the repeats": osc.suggest_learning_rate(tests),
         "low end of their interval": low,
         "high end of their interval": high,
-        "half of the convergence threshold": threshold.threshold / 2,
         "convergence threshold": threshold.threshold,
+        "half of the threshold": threshold.threshold / 2,
         "1.5 times the threshold": threshold.suggested_rate,
         "curvature limit at the start": float(limit),
     }
