@@ -1,7 +1,7 @@
 """How are numbers measured, shown and kept? Shared by all benchmarks.
 
-What is trained stands in ``tasks``. Run as a script, this writes the table of all
-claims that ``benchmarks/README.md`` is::
+What is trained stands in ``tasks``, ``networks`` and ``data``. Run as a script, this
+writes the table of all claims that ``benchmarks/README.md`` is::
 
     python benchmarks/harness.py
 """

@@ -19,7 +19,9 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import data  # noqa: E402
 import harness  # noqa: E402
+import networks  # noqa: E402
 import tasks  # noqa: E402
 
 # --- evidence -------------------------------------------------------------------------
@@ -79,13 +81,13 @@ def test_nine_products_are_the_convolution(shape):
     expected = lax.conv_general_dilated(
         images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    np.testing.assert_allclose(tasks.conv_3x3(images, kernel), expected, atol=1e-5)
+    np.testing.assert_allclose(networks.conv_3x3(images, kernel), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("side", [16, 32])
 def test_the_resnet_has_nine_layers_of_its_width(width, side):
-    model = nnx.eval_shape(lambda: tasks.ResNet9(width, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: networks.ResNet9(width, rngs=nnx.Rngs(0)))
     kernels = [
         p.shape for p in jax.tree.leaves(nnx.state(model, nnx.Param)) if p.ndim > 1
     ]
@@ -114,11 +116,11 @@ def test_no_character_of_the_transformer_sees_a_later_one():
     [(0, "zero"), (19, "nineteen"), (20, "twenty"), (48, "forty-eight")],
 )
 def test_numbers_in_words(number, words):
-    assert tasks.in_words(number) == words
+    assert data.in_words(number) == words
 
 
 def test_the_targets_of_the_text_are_its_next_characters():
-    inputs, targets = tasks.sums_in_words(50, 32)
+    inputs, targets = data.sums_in_words(50, 32)
     np.testing.assert_array_equal(inputs.ravel()[1:], targets.ravel()[:-1])
 
 
@@ -155,7 +157,7 @@ def test_cifar10_is_the_same_in_all_its_layouts(tmp_path):
     images, labels = fake_cifar10(tmp_path)
     options = {"num_train": 12, "num_test": 5}
     for path in (tmp_path, tmp_path / "cifar10.tar.gz", tmp_path / "cifar10.npz"):
-        (train, classes), (test, test_classes) = tasks.load_cifar10(path, **options)
+        (train, classes), (test, test_classes) = data.load_cifar10(path, **options)
         assert train.shape == (12, 32, 32, 3)
         assert test.shape == (5, 32, 32, 3)
         np.testing.assert_array_equal(classes, labels[:12])
@@ -166,13 +168,13 @@ def test_cifar10_is_the_same_in_all_its_layouts(tmp_path):
             0.2616,
         ]
         np.testing.assert_allclose(train, expected, atol=0.15)
-    (halved, _), _ = tasks.load_cifar10(tmp_path, side=16, **options)
+    (halved, _), _ = data.load_cifar10(tmp_path, side=16, **options)
     np.testing.assert_allclose(halved, expected[:, ::2, ::2], atol=1e-5)
 
 
 def test_augmentation_flips_and_shifts_and_keeps_the_labels():
     images = jnp.arange(64 * 16 * 16 * 3, dtype=jnp.float32).reshape(64, 16, 16, 3)
-    changed, labels = tasks.flip_and_shift(jax.random.key(0), (images, jnp.arange(64)))
+    changed, labels = data.flip_and_shift(jax.random.key(0), (images, jnp.arange(64)))
     np.testing.assert_array_equal(labels, np.arange(64))
     center = np.asarray(changed[:, 8, 8, 0] - images[:, 8, 8, 0])
     right = np.asarray(changed[:, 8, 9, 0] - changed[:, 8, 8, 0])
@@ -210,10 +212,10 @@ def test_a_run_is_its_steps():
 
 def test_held_out_loss_uses_the_running_statistics(tmp_path):
     fake_cifar10(tmp_path)
-    parts = tasks.load_cifar10(tmp_path, num_train=50, side=8)
+    parts = data.load_cifar10(tmp_path, num_train=50, side=8)
     task = tasks.Task(
         "fake",
-        lambda rngs: tasks.ResNet9(1, rngs=rngs),
+        lambda rngs: networks.ResNet9(1, rngs=rngs),
         tasks.cross_entropy,
         *parts,
         10,
