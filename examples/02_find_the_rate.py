@@ -142,6 +142,7 @@ def main():
     repeats, seeds, num_steps, rates = 5, range(5), 300, np.logspace(-3, 0.5, 15)
     if args.smoke:
         repeats, seeds, num_steps, rates = 2, range(1), 60, np.logspace(-2, 0, 3)
+        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
     train, test = load_data()
 
     tests = [
