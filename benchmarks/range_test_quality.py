@@ -11,7 +11,7 @@ what it is worth.
 
     python benchmarks/range_test_quality.py [--smoke] [--data CIFAR10] [--out FOLDER]
 
-About 25 minutes on two cores with CIFAR-10, 15 without; what an interruption leaves is
+About 25 minutes on two cores with CIFAR-10, 10 without; what an interruption leaves is
 not run again. The rules of fast.ai are transcribed from its ``callback.schedule``, with
 its ladder, smoothing and trimming. The probes' steps are not deducted from the runs.
 """
