@@ -12,10 +12,17 @@ from optax_superconv._curvature import (
     stability_limit,
 )
 from optax_superconv._grid_test import GridTestResult, grid_test
+from optax_superconv._groups import (
+    describe_groups,
+    geometric_multipliers,
+    layerwise_multipliers,
+    scale_by_group,
+)
 from optax_superconv._hyperparams import read_hyperparams, scale_by_learning_rate
+from optax_superconv._labels import label_by_depth, label_by_path
 from optax_superconv._momentum import scale_by_scheduled_adam, scheduled_trace
 from optax_superconv._range_test import RangeTestResult, range_test
-from optax_superconv._recipes import onecycle_adamw, onecycle_sgd
+from optax_superconv._recipes import fine_tune_adamw, onecycle_adamw, onecycle_sgd
 from optax_superconv._schedules import (
     Phase,
     cyclical_schedule,
@@ -25,6 +32,7 @@ from optax_superconv._schedules import (
 )
 from optax_superconv._suggestions import suggest_interval, suggest_learning_rate
 from optax_superconv._threshold import ThresholdResult, convergence_threshold
+from optax_superconv._unfreezing import frozen_labels, gradual_unfreezing
 
 __version__ = "0.1.0"
 
@@ -36,8 +44,16 @@ __all__ = [
     "ThresholdResult",
     "convergence_threshold",
     "cyclical_schedule",
+    "describe_groups",
+    "fine_tune_adamw",
+    "frozen_labels",
+    "geometric_multipliers",
+    "gradual_unfreezing",
     "grid_test",
     "hessian_free_rate",
+    "label_by_depth",
+    "label_by_path",
+    "layerwise_multipliers",
     "onecycle_adamw",
     "onecycle_momentum_schedule",
     "onecycle_schedule",
@@ -46,6 +62,7 @@ __all__ = [
     "plotting",
     "range_test",
     "read_hyperparams",
+    "scale_by_group",
     "scale_by_learning_rate",
     "scale_by_scheduled_adam",
     "scheduled_trace",

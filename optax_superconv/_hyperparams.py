@@ -32,6 +32,20 @@ class ScheduledState(NamedTuple):
     applied: AppliedHyperparams
 
 
+class AppliedMultipliers(NamedTuple):
+    """The record of a factor per group, which scales the rate of the same chain."""
+
+    labels: dict[Any, None]  # the groups, sorted
+    values: jax.Array  # (groups,), float32
+
+
+class GroupState(NamedTuple):
+    """A state that serves some groups only; its records are named after each."""
+
+    labels: dict[Any, None]
+    inner_state: Any
+
+
 def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
     """The value of a constant or a schedule at ``count``, in float32."""
     return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
@@ -167,21 +181,39 @@ def add_decayed_weights(
 
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-_KNOWN = (AppliedHyperparams, optax.PartitionState, *_INJECTED)
+_KNOWN = (
+    AppliedHyperparams,
+    AppliedMultipliers,
+    GroupState,
+    optax.PartitionState,
+    *_INJECTED,
+)
 
 
-def _find_applied(tree: Any, suffix: str = "") -> Iterator[tuple[str, Any]]:
+def _find_applied(tree: Any, suffix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Name, suffix and value of every record; of factors per group, their record."""
     for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _KNOWN)):
         if isinstance(node, AppliedHyperparams):
-            yield from ((name + suffix, value) for name, value in node.values.items())
+            yield from ((name, suffix, value) for name, value in node.values.items())
+        elif isinstance(node, AppliedMultipliers):
+            yield "", suffix, node
+        elif isinstance(node, GroupState):
+            for label in node.labels:
+                yield from _find_applied(node.inner_state, f"{suffix}/{label}")
         elif isinstance(node, _INJECTED):
             yield from (
-                (name + suffix, value) for name, value in node.hyperparams.items()
+                (name, suffix, value) for name, value in node.hyperparams.items()
             )
             yield from _find_applied(node.inner_state, suffix)
         elif isinstance(node, optax.PartitionState):
             for label, inner_state in node.inner_states.items():
                 yield from _find_applied(inner_state, f"{suffix}/{label}")
+
+
+def _array(value: Any) -> jax.Array:
+    # A Flax NNX optimizer holds its state in Variables, which are pytrees.
+    (leaf,) = jax.tree.leaves(value)
+    return jnp.asarray(leaf)
 
 
 def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
@@ -200,7 +232,10 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
     Returns:
       Name to value, 0-dimensional float32 arrays: ``learning_rate``, ``momentum`` or
       ``b1``, ``weight_decay``, and whatever ``inject_hyperparams`` holds, in its dtype.
-      Inside ``partition`` the names are ``name/<label>``. A name that occurs again, as
+      Inside ``partition`` and :func:`gradual_unfreezing` the names are
+      ``name/<label>``, and :func:`scale_by_group` adds ``learning_rate/<label>``, the
+      rate times the group's multiplier (``multiplier/<label>`` where its chain records
+      no rate). A name that occurs again, as
       where ``inject_hyperparams`` wraps one of our recipes, is numbered: ``name_2``,
       ``name_3``. Before the first update the values are those of
       step 0. A state without any of this gives ``{}``.
@@ -213,13 +248,47 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
       >>> print({name: round(float(value), 2) for name, value in applied.items()})
       {'weight_decay': 0.0, 'momentum': 0.95, 'learning_rate': 0.04}
     """
-    found: dict[str, jax.Array] = {}
-    for name, value in _find_applied(opt_state):
-        # A Flax NNX optimizer holds its state in Variables, which are pytrees.
-        (leaf,) = jax.tree.leaves(value)
-        key, number = name, 1
-        while key in found:
+    found: list[tuple[str, str, jax.Array]] = []  # name, suffix, value
+    groups = []
+    for name, suffix, value in _find_applied(opt_state):
+        if isinstance(value, AppliedMultipliers):
+            groups.append((suffix, value))
+        else:
+            found.append((name, suffix, _array(value)))
+    for suffix, record in groups:
+        multipliers = _array(record.values)
+        for k, label in enumerate(record.labels):
+            found = _scale(found, suffix, f"/{label}", multipliers[..., k])
+    numbered: dict[str, jax.Array] = {}
+    for name, suffix, value in found:
+        key, number = name + suffix, 1
+        while key in numbered:
             number += 1
-            key = f"{name}_{number}"
-        found[key] = jnp.asarray(leaf)
-    return found
+            key = f"{name}{suffix}_{number}"
+        numbered[key] = value
+    return numbered
+
+
+def _scale(
+    found: list[tuple[str, str, jax.Array]],
+    suffix: str,
+    label: str,
+    multiplier: jax.Array,
+) -> list[tuple[str, str, jax.Array]]:
+    """Adds the rate that a group gets, or scales it if it has one of its own."""
+    rates = [(at, rate) for name, at, rate in found if name == "learning_rate"]
+    if any(at == suffix + label for at, _ in rates):
+        return [
+            (name, at, value * multiplier)
+            if (name, at) == ("learning_rate", suffix + label)
+            else (name, at, value)
+            for name, at, value in found
+        ]
+    # The rates of the same chain, or of one around it.
+    around = [rate for at, rate in rates if f"{suffix}/".startswith(f"{at}/")]
+    if not around:
+        return [*found, ("multiplier", label + suffix, multiplier)]
+    return [
+        *found,
+        *(("learning_rate", label + suffix, rate * multiplier) for rate in around),
+    ]

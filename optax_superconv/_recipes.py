@@ -11,30 +11,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import GetAttrKey, KeyPath, keystr
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
+from optax_superconv._groups import layerwise_multipliers, scale_by_group
 from optax_superconv._hyperparams import add_decayed_weights, scale_by_learning_rate
+from optax_superconv._labels import (
+    LabelFn,
+    Labels,
+    map_with_paths,
+)
 from optax_superconv._momentum import scale_by_scheduled_adam, scheduled_trace
 from optax_superconv._schedules import (
+    Phase,
     Shape,
     check_cycle,
     onecycle_momentum_schedule,
     onecycle_schedule,
+    phase_schedule,
 )
+from optax_superconv._unfreezing import unfreezing
 
 
 def _is_matrix(params: optax.Params) -> Any:
     """True for leaves of two dimensions or more whose path does not end in `bias`."""
 
-    def decayed(path: KeyPath, leaf: Any) -> bool:
-        # An nnx.State shows an array as the `value` of its Variable.
-        if path and path[-1] == GetAttrKey("value"):
-            path = path[:-1]
-        return jnp.ndim(leaf) > 1 and keystr(path[-1:], simple=True) != "bias"
+    def decayed(path: str, leaf: Any) -> bool:
+        (array,) = jax.tree.leaves(leaf)
+        return jnp.ndim(array) > 1 and path.rsplit("/", 1)[-1] != "bias"
 
-    return jax.tree_util.tree_map_with_path(decayed, params)
+    return map_with_paths(decayed, params)
 
 
 def _decay(
@@ -263,5 +269,180 @@ def onecycle_adamw(
     return optax.chain(
         scale_by_scheduled_adam(b1, b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov),
         _decay(weight_decay, weight_decay_mask),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def fine_tune_adamw(
+    peak_learning_rate: ArrayLike,
+    total_steps: int,
+    param_labels: Labels | LabelFn,
+    *,
+    decay: ArrayLike = 1 / 2.6,
+    min_multiplier: ArrayLike = 0.0,
+    freeze_steps: int = 0,
+    warmup_steps: int | None = None,
+    init_learning_rate: ArrayLike | None = None,
+    end_learning_rate: ArrayLike = 0.0,
+    annihilation_steps: int | None = None,
+    shape: Shape = "cosine",
+    max_b1: ArrayLike = 0.95,
+    base_b1: ArrayLike = 0.85,
+    b2: optax.ScalarOrSchedule = 0.99,
+    eps: ArrayLike = 1e-8,
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 1e-2,
+    weight_decay_mask: Any = "matrices",
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Fine-tunes a trained network: the head first, then all, each at its own rate.
+
+    .. math:: \eta_{l,t} = \eta_t\, \max(d^{\,L-1-l}, m_{\min})
+
+    For ``freeze_steps`` the last group trains alone, while its rate rises to the peak.
+    Then all groups train through one cycle of :func:`onecycle_adamw` over the steps
+    that are left, at rates that fall by the factor ``decay`` from each group to the one
+    before. Without ``freeze_steps`` and with ``decay=1`` this is
+    :func:`onecycle_adamw`. Differs from fast.ai's ``fine_tune``:
+
+    1. Groups are as many as there are labels, their rates a constant factor apart
+       (ULMFiT's; fast.ai spreads a factor of 100 over its groups).
+    2. Both phases peak at the same rate (fast.ai halves the second), and the second
+       starts at ``init_learning_rate``, as here all cycles do.
+    3. The head keeps its moments when the others thaw.
+
+    To thaw group after group as ULMFiT does, chain :func:`gradual_unfreezing`.
+
+    Args:
+      peak_learning_rate: The highest rate of the last group.
+      total_steps: Optimizer steps of the whole run, ``freeze_steps`` included, at least
+        1. Under ``optax.MultiSteps`` an optimizer step is one that is emitted.
+      param_labels: Integers that rise from the input to the output, as a tree of
+        labels, a prefix of one, or a function ``params -> labels``:
+        :func:`label_by_depth`, or ``label_by_path([("head/.*", 1), (".*", 0)])``.
+      decay: Factor :math:`d` per group, in (0, 1]; ULMFiT's is 1 / 2.6, vision
+        transformers use 0.65 to 0.9.
+      min_multiplier: :math:`m_{\min}`, in [0, 1].
+      freeze_steps: Steps for which the last group trains alone; below ``total_steps``.
+      warmup_steps: Steps from the thaw to the peak; None is
+        ``round(0.3 * (total_steps - freeze_steps))``.
+      init_learning_rate: Rate at step 0 and at the thaw; None is
+        ``peak_learning_rate / 25``.
+      end_learning_rate: Rate from step ``total_steps`` on.
+      annihilation_steps: Steps of the final fall from the initial rate; None is 0.
+      shape: Of every phase; see :class:`Phase`.
+      max_b1: b1 at the start, the thaw and the end, in [0, 1).
+      base_b1: b1 at the peaks of the rate, in [0, 1).
+      b2: Decay of the second moment, in [0, 1), or a schedule.
+      eps: Added to the root of the second moment, at least 0.
+      nesterov: Whether to use Nesterov momentum.
+      weight_decay: Strength at least 0, or a schedule; times the rate of each group, so
+        that frozen groups keep every bit.
+      weight_decay_mask: What is decayed; see :func:`onecycle_adamw`.
+      mu_dtype: Of the first moment; see :func:`scale_by_scheduled_adam`.
+
+    Returns:
+      The optimizer. :func:`read_hyperparams` reads ``learning_rate``,
+      ``learning_rate/<label>`` (0 while frozen), ``b1`` and ``weight_decay``, the last
+      two as ``b1/<label>`` if ``freeze_steps`` is not 0. :func:`frozen_labels` tells
+      what is frozen.
+
+    Raises:
+      ValueError: Naming argument, rule and value, as in :func:`onecycle_adamw` and
+        :func:`layerwise_multipliers`; if ``freeze_steps`` is not below ``total_steps``;
+        at ``init``, if labels are no integers or do not fit the parameters.
+      TypeError: For an argument of the wrong kind.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> params = {"layers": [jnp.ones(2), jnp.ones(2)], "head": jnp.ones(2)}
+      >>> tx = osc.fine_tune_adamw(
+      ...     0.01, 100, osc.label_by_depth(), decay=0.5, freeze_steps=20)
+      >>> state = tx.init(params)
+      >>> print(sorted(osc.frozen_labels(state)))
+      [0, 1]
+      >>> for _ in range(45):  # 20 frozen, 24 to the peak.
+      ...     updates, state = tx.update(params, state, params)
+      >>> applied = osc.read_hyperparams(state)
+      >>> print([round(float(applied[f"learning_rate/{k}"]), 4) for k in range(3)])
+      [0.0025, 0.005, 0.01]
+
+    References:
+      Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
+      <https://arxiv.org/abs/1801.06146>`_, 2018, section 3;
+      Howard and Gugger, `fastai: A Layered API for Deep Learning
+      <https://arxiv.org/abs/2002.04688>`_, 2020, ``fine_tune``.
+    """
+    total_steps = _checks.steps("total_steps", total_steps, at_least=1)
+    freeze_steps = _checks.steps("freeze_steps", freeze_steps)
+    rule = f"below `total_steps` ({total_steps})"
+    _checks.require(freeze_steps < total_steps, "freeze_steps", rule, freeze_steps)
+    # Checks decay and min_multiplier where the optimizer is built.
+    layerwise_multipliers(range(2), decay, min_multiplier=min_multiplier)
+    init = init_learning_rate
+    learning_rate, b1 = _onecycle_pair(
+        total_steps - freeze_steps,
+        {
+            "peak_learning_rate": peak_learning_rate,
+            "init_learning_rate": init,
+            "end_learning_rate": end_learning_rate,
+        },
+        {"max_b1": max_b1, "base_b1": base_b1},
+        shape,
+        warmup_steps=warmup_steps,
+        annihilation_steps=annihilation_steps or 0,
+    )
+
+    def rising(start: Any, end: Any, then: optax.Schedule) -> optax.Schedule:
+        """Moves over the frozen steps, which ``then`` follows."""
+        if freeze_steps == 0:
+            return then
+        first = phase_schedule(start, [Phase(freeze_steps, end, shape)])
+        return lambda count: jnp.where(
+            count < freeze_steps, first(count), then(count - freeze_steps)
+        )
+
+    peak = jnp.asarray(peak_learning_rate, jnp.float32)
+    learning_rate = rising(peak / 25 if init is None else init, peak, learning_rate)
+    b1 = rising(max_b1, base_b1, b1)
+
+    def adamw_from(step: int) -> optax.GradientTransformation:
+        def of_run(value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+            """A group counts from its thaw; its schedules follow the run."""
+            if step == 0 or not callable(value):
+                return value
+            return lambda count: value(count + step)
+
+        return optax.chain(
+            scale_by_scheduled_adam(
+                of_run(b1), of_run(b2), eps=eps, mu_dtype=mu_dtype, nesterov=nesterov
+            ),
+            _decay(of_run(weight_decay), weight_decay_mask),
+        )
+
+    def thaw_steps(labels: list[Any]) -> dict[Any, int]:
+        return {k: 0 if k == labels[-1] else freeze_steps for k in labels}
+
+    def multipliers(labels: list[Any]) -> dict[Any, optax.ScalarOrSchedule]:
+        if any(isinstance(label, str) for label in labels):
+            raise ValueError(
+                "`param_labels` must give integers that rise from the input to the "
+                f"output, got {labels}, which have no such order."
+            )
+        constant = layerwise_multipliers(labels, decay, min_multiplier=min_multiplier)
+        if freeze_steps == 0:
+            return constant
+
+        def thawing(multiplier: Any) -> optax.Schedule:
+            return lambda count: jnp.where(count < freeze_steps, 0.0, multiplier)
+
+        return {k: m if k == labels[-1] else thawing(m) for k, m in constant.items()}
+
+    return optax.chain(
+        unfreezing(adamw_from, thaw_steps, param_labels)
+        if freeze_steps
+        else adamw_from(0),
+        scale_by_group(multipliers, param_labels),
         scale_by_learning_rate(learning_rate),
     )

@@ -21,8 +21,8 @@ LAYERS = [
     {"_recipes"},
     {"_grid_test", "_threshold"},
     {"_suggestions"},
-    {"_momentum", "_range_test", "_curvature"},
-    {"_hyperparams", "_runs"},
+    {"_momentum", "_groups", "_unfreezing", "_range_test", "_curvature"},
+    {"_hyperparams", "_labels", "_runs"},
     {"_schedules"},
     {"_checks"},
 ]

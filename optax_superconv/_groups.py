@@ -1,0 +1,391 @@
+r"""Which rate for which parameter?
+
+One optimizer for all parameters, then a factor per group: :math:`u_i = m_{l(i)} u_i`.
+It costs one multiplication per leaf. Known special cases are choices of the factors:
+
+* discriminative fine-tuning and layer-wise decay: :math:`m_l = d^{\,L-1-l}` of L groups
+  from the input to the output, with :math:`d = 1/2.6` in ULMFiT and 0.65 to 0.9 for
+  vision transformers;
+* fast.ai's ``slice(lowest, highest)``: geometric between two ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import all_leaves
+from jax.typing import ArrayLike
+
+from optax_superconv import _checks
+from optax_superconv._hyperparams import (
+    AppliedMultipliers,
+    narrow,
+    times,
+    value_at,
+    widen,
+)
+from optax_superconv._labels import (
+    LabelFn,
+    Labels,
+    check_labels,
+    check_skeleton,
+    is_box,
+    is_function,
+    is_masked,
+    labels_of,
+    listed,
+    names_of,
+    paths_of,
+    skeleton_of,
+)
+
+
+class ScaleByGroupState(NamedTuple):
+    """State of :func:`scale_by_group`."""
+
+    count: jax.Array  # type: ignore[assignment]  # (), int32
+    skeleton: Any  # the containers of the parameters, None for each leaf
+    applied: AppliedMultipliers
+
+
+def _in_order(labels: Any) -> list[Any]:
+    """Distinct labels from the input to the output."""
+    if is_function(labels):
+        raise TypeError(
+            f"`labels` must be a tree or a sequence of labels, got {labels!r}. Call it "
+            "with the parameters first."
+        )
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        labels = [labels]
+    elif all_leaves([labels]):  # A range, an array, the keys of a dict.
+        ordered = not isinstance(labels, set | frozenset)
+        labels = list(labels) if ordered else {"": list(labels)}
+    is_sequence = isinstance(labels, list | tuple) and all_leaves(labels)
+    leaves = jax.tree.leaves(labels, is_leaf=is_box)
+    leaves = [jax.tree.leaves(x)[0] if is_box(x) else x for x in leaves]
+    leaves = [x.item() if isinstance(x, np.generic) else x for x in leaves]
+    distinct = check_labels(leaves)
+    _checks.require(bool(distinct), "labels", "at least one label", labels)
+    if isinstance(distinct[0], str) and len(distinct) > 1:
+        if not is_sequence:
+            raise ValueError(
+                "`labels` must be numbers, or names in a sequence from the input to "
+                f"the output, got a tree of names {listed(distinct)}, which has no "
+                "order."
+            )
+        return list(dict.fromkeys(leaves))
+    return distinct
+
+
+def layerwise_multipliers(
+    labels: Any, decay: ArrayLike, *, min_multiplier: ArrayLike = 0.0
+) -> dict[Any, Any]:
+    r"""Multipliers that fall by a constant factor per group towards the input.
+
+    .. math:: m_l = \max(d^{\,L - 1 - l}, m_{\min}), \qquad l = 0, \ldots, L - 1
+
+    The last group keeps the whole rate. ULMFiT's discriminative rates are
+    ``decay=1 / 2.6``; fine-tuned vision transformers use 0.65 to 0.9.
+
+    Args:
+      labels: A tree of integers, as :func:`label_by_depth` makes; or a sequence from
+        the input to the output, of integers or names. Only the order of distinct labels
+        counts; integers are put in theirs.
+      decay: Factor :math:`d` per group, in (0, 1].
+      min_multiplier: No multiplier is below this, in [0, 1].
+
+    Returns:
+      A dict from label to multiplier, for :func:`scale_by_group`.
+
+    Raises:
+      ValueError: If an argument is outside its interval, there are no labels, or names
+        come in a tree, which has no order.
+      TypeError: If ``labels`` is a function, or labels are of several kinds.
+
+    Examples:
+      >>> import optax_superconv as osc
+      >>> osc.layerwise_multipliers(["stem", "body", "head"], 0.5)
+      {'stem': 0.25, 'body': 0.5, 'head': 1.0}
+
+    References:
+      Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
+      <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2;
+      Bao et al., `BEiT <https://arxiv.org/abs/2106.08254>`_, 2022.
+    """
+    rule = "above 0 and at most 1"
+    _checks.number("decay", decay, rule, lambda d: (d > 0) & (d <= 1))
+    rule = "at least 0 and at most 1"
+    _checks.number(
+        "min_multiplier", min_multiplier, rule, lambda m: (m >= 0) & (m <= 1)
+    )
+    order = _in_order(labels)
+    d, least = _float(decay), _float(min_multiplier)
+    traced = isinstance(d + least, jax.Array)
+    return {
+        label: jnp.maximum(d**power, least) if traced else max(d**power, least)
+        for power, label in zip(reversed(range(len(order))), order, strict=True)
+    }
+
+
+def _float(value: ArrayLike) -> Any:
+    """A concrete number as a float, which shows as one; a traced one as it is."""
+    return value if isinstance(value, jax.core.Tracer) else float(np.asarray(value))
+
+
+def geometric_multipliers(
+    labels: Any, lowest: ArrayLike | None = None, highest: ArrayLike = 1.0
+) -> dict[Any, Any]:
+    r"""Multipliers spaced evenly in their logarithm, as fast.ai's ``slice`` of rates.
+
+    .. math:: m_l = m_{\text{low}}\,
+              (m_{\text{high}} / m_{\text{low}})^{\,l / (L - 1)}
+
+    Args:
+      labels: As in :func:`layerwise_multipliers`.
+      lowest: Multiplier of the group nearest the input, above 0; None is fast.ai's
+        ``slice(highest)``: a tenth of ``highest`` for every group but the last.
+      highest: Multiplier of the last group, at least ``lowest``.
+
+    Returns:
+      A dict from label to multiplier, for :func:`scale_by_group`.
+
+    Raises:
+      ValueError: If a multiplier is not above 0 or ``lowest`` is above ``highest``, and
+        as in :func:`layerwise_multipliers`.
+      TypeError: As in :func:`layerwise_multipliers`.
+
+    Examples:
+      >>> import optax_superconv as osc
+      >>> osc.geometric_multipliers(range(3), 0.25)
+      {0: 0.25, 1: 0.5, 2: 1.0}
+      >>> osc.geometric_multipliers(range(3))
+      {0: 0.1, 1: 0.1, 2: 1.0}
+
+    References:
+      Howard and Gugger, `fastai: A Layered API for Deep Learning
+      <https://arxiv.org/abs/2002.04688>`_, 2020, ``even_mults``.
+    """
+    _checks.number("highest", highest, "above 0", lambda m: m > 0)
+    high = _float(highest)
+    order = _in_order(labels)
+    if lowest is None:
+        return {label: high if label == order[-1] else high / 10 for label in order}
+    _checks.number("lowest", lowest, "above 0", lambda m: m > 0)
+    low = _float(lowest)
+    if not isinstance(low + high, jax.Array):
+        _checks.require(low <= high, "lowest", f"at most `highest` ({high})", low)
+    last = max(len(order) - 1, 1)
+    # From the top, so that a single group has the highest.
+    powers = [(last - len(order) + 1 + k) / last for k in range(len(order))]
+    return {
+        label: low * (high / low) ** power if power < 1 else high
+        for label, power in zip(order, powers, strict=True)
+    }
+
+
+def scale_by_group(
+    multipliers: Mapping[Any, optax.ScalarOrSchedule] | Callable[[list[Any]], Any],
+    param_labels: Labels | LabelFn,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the updates of each group of parameters by a factor of its own.
+
+    .. math:: u_i \leftarrow m_{l(i)}(t)\, u_i
+
+    One optimizer for all and then this: the step costs what the optimizer alone costs,
+    however many groups there are. Where it stands decides what it scales:
+
+    * after a rescaling such as Adam's it scales the rate (before, Adam undoes it);
+    * after ``add_decayed_weights`` it scales the decay too, as a rate per group does in
+      timm, PyTorch's and Optax's AdamW; between the two, the decay is the same for all;
+    * after the momentum of SGD or before it is the same for constants.
+
+    So: ``chain(scale_by_scheduled_adam(...), add_decayed_weights(...),
+    scale_by_group(...), scale_by_learning_rate(...))``. A finished optimizer will do:
+    ``chain(onecycle_adamw(...), scale_by_group(...))``.
+
+    Args:
+      multipliers: A dict from label to a number at least 0 or a schedule
+        ``count -> number``, as :func:`layerwise_multipliers` makes. Or a function of
+        the sorted labels that makes it, such as
+        ``functools.partial(layerwise_multipliers, decay=0.75)``.
+      param_labels: A tree of labels, a prefix of one, or a function
+        ``params -> labels`` such as :func:`label_by_depth` makes.
+
+    Returns:
+      The transformation. :func:`read_hyperparams` reads ``learning_rate/<label>``, the
+      rate that each group got, where a rate is recorded in the same chain, as by
+      :func:`scale_by_learning_rate`; else ``multiplier/<label>``.
+
+    Raises:
+      ValueError: If a constant multiplier is negative or not finite; at ``init`` and
+        ``update``, if a label has no multiplier or a multiplier no label, if labels do
+        not fit the parameters, or the updates not what ``init`` has seen.
+      TypeError: For an argument of the wrong kind, or labels of several kinds.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_superconv as osc
+      >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+      >>> label = osc.label_by_path([("body", 0), ("head", 1)])
+      >>> tx = optax.chain(
+      ...     optax.scale_by_adam(),
+      ...     osc.scale_by_group({0: 0.1, 1: 1.0}, label),
+      ...     osc.scale_by_learning_rate(0.5))
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> print(updates["body"].round(3), updates["head"].round(3))
+      [-0.05 -0.05] [-0.5 -0.5]
+      >>> rates = osc.read_hyperparams(state)
+      >>> print({name: round(float(rate), 3) for name, rate in rates.items()})
+      {'learning_rate': 0.5, 'learning_rate/0': 0.05, 'learning_rate/1': 0.5}
+
+    References:
+      Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
+      <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2.
+    """
+    if isinstance(multipliers, Mapping):
+        multipliers = dict(multipliers)
+        _check_multipliers(multipliers)
+    elif not is_function(multipliers):
+        raise TypeError(
+            "`multipliers` must be a dict from label to multiplier, or a function that "
+            f"makes one, got {multipliers!r}."
+        )
+
+    def values_at(by_label: Mapping[Any, Any], count: jax.Array) -> dict[Any, Any]:
+        return {k: value_at(by_label[k], count) for k in sorted(by_label)}
+
+    def record(values: dict[Any, Any]) -> AppliedMultipliers:
+        vector = jnp.stack(list(values.values())) if values else jnp.zeros(0)
+        return AppliedMultipliers(names_of(values), vector)
+
+    def init_fn(params: optax.Params) -> ScaleByGroupState:
+        labels = labels_of(param_labels, params)
+        by_label = _multipliers_of(multipliers, labels, params)
+        count = jnp.zeros([], jnp.int32)
+        return ScaleByGroupState(
+            count, skeleton_of(params), record(values_at(by_label, count))
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByGroupState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByGroupState]:
+        del params, extra_args
+        check_skeleton(updates, state.skeleton)
+        labels = labels_of(param_labels, updates)
+        values = values_at(_multipliers_of(multipliers, labels, updates), state.count)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
+
+        def scaled(label: Any, leaf: Any) -> Any:
+            return jax.tree.map(
+                lambda g: narrow(times(values[label], widen(g)), g), leaf
+            )
+
+        scaled_leaves = map(scaled, labels, leaves)
+        return jax.tree.unflatten(treedef, scaled_leaves), ScaleByGroupState(
+            optax.safe_increment(state.count), state.skeleton, record(values)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_multipliers(multipliers: Any) -> None:
+    """Raises unless this is a dict of constants and schedules by label."""
+    _checks.require(
+        len(multipliers) > 0, "multipliers", "a dict of at least one label", "{}"
+    )
+    check_labels(multipliers)
+    for label, multiplier in multipliers.items():
+        name = f"multipliers[{label!r}]"
+        rule = "finite and at least 0"
+        _checks.number_or_schedule(name, multiplier, rule, _checks.non_negative)
+
+
+def _multipliers_of(multipliers: Any, labels: list[Any], params: Any) -> dict[Any, Any]:
+    """The dict of multipliers, checked against the labels of ``params``."""
+    if is_function(multipliers):
+        multipliers = multipliers(check_labels(labels))
+        _check_multipliers(multipliers)
+    by_label: dict[Any, str] = {}
+    for path, label in zip(paths_of(params), labels, strict=True):
+        by_label.setdefault(label, path)
+    missing = [label for label in by_label if label not in multipliers]
+    if missing:
+        where = {label: by_label[label] for label in missing}
+        raise ValueError(
+            "`multipliers` must have every label, got none for "
+            + listed(f"{label} ({path} ...)" for label, path in where.items())
+            + "."
+        )
+    idle = [label for label in multipliers if label not in by_label]
+    if idle and labels and not is_masked(params):
+        raise ValueError(
+            f"`multipliers` must each have a parameter, got {listed(idle)}, where the "
+            f"labels are {listed(by_label)}."
+        )
+    return multipliers
+
+
+def describe_groups(
+    params: optax.Params,
+    param_labels: Labels | LabelFn,
+    multipliers: Any = None,
+) -> str:
+    """A table of path, group and multiplier, for a person to check.
+
+    Args:
+      params: The parameters.
+      param_labels: A tree of labels, a prefix of one, or a function
+        ``params -> labels``.
+      multipliers: As in :func:`scale_by_group`; None leaves that column out. A schedule
+        shows its value at step 0.
+
+    Returns:
+      A line per leaf, in the order of the leaves, under a line of headings.
+
+    Raises:
+      ValueError: As in :func:`scale_by_group`: if labels do not fit the parameters, or
+        labels and multipliers each other.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> params = {"embed": jnp.ones(2), "layers": [jnp.ones(2), jnp.ones(2)]}
+      >>> label = osc.label_by_depth()
+      >>> multipliers = osc.layerwise_multipliers(label(params), 0.75)
+      >>> print(osc.describe_groups(params, label, multipliers))
+      path      group  multiplier
+      embed     0      0.5625
+      layers/0  1      0.75
+      layers/1  2      1
+
+    References:
+      Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
+      <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2.
+    """
+    labels = labels_of(param_labels, params)
+    rows = [["path", "group"], *zip(paths_of(params), map(str, labels), strict=True)]
+    if multipliers is not None:
+        values = _multipliers_of(multipliers, labels, params)
+        shown = [f"{_at_start(values[label]):.4g}" for label in labels]
+        column = ["multiplier", *shown]
+        rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _at_start(multiplier: Any) -> float:
+    return float(multiplier(jnp.int32(0)) if callable(multiplier) else multiplier)

@@ -1,0 +1,447 @@
+r"""Which group does a parameter belong to?
+
+A label for each leaf of the parameters, as ``optax.partition`` takes them: from regular
+expressions on the leaf's path, or its depth in the network. A path is written
+``encoder/block_3/attention/kernel``, whatever the containers are: nested dicts, Flax's
+``FrozenDict`` and ``nnx.State``, Equinox modules, Haiku's dicts, named tuples, lists.
+An array that Flax keeps in a ``Variable`` or in a box with axis names counts as one
+leaf without a name of its own, so that a path is the same when the optimizer is
+initialised with Variables and updated with arrays.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+from jax.tree_util import KeyPath, all_leaves, keystr, tree_map_with_path
+
+from optax_superconv import _checks
+
+Labels = Any  # A tree of labels: the parameters' containers, or a prefix of them.
+LabelFn = Callable[[optax.Params], Labels]
+
+
+# --- trees ----------------------------------------------------------------------------
+
+
+def is_box(node: Any) -> bool:
+    """Whether this is one of Flax's boxes of a single array, found without Flax."""
+    return any(
+        base.__name__ in ("Variable", "AxisMetadata")
+        and base.__module__.startswith("flax.")
+        for base in type(node).__mro__
+    )
+
+
+def _is_position(node: Any) -> bool:
+    """A leaf, or what stands where a leaf has been taken out."""
+    return node is None or isinstance(node, optax.MaskedNode) or is_box(node)
+
+
+def map_with_paths(
+    function: Callable[[str, Any], Any], tree: Any, *, holes: bool = False
+) -> Any:
+    """``function(path, leaf)`` of each leaf; with ``holes``, of None and masked too."""
+
+    def apply(path: KeyPath, leaf: Any) -> Any:
+        return function(keystr(path, simple=True, separator="/"), leaf)
+
+    return tree_map_with_path(apply, tree, is_leaf=_is_position if holes else is_box)
+
+
+def paths_of(tree: Any, *, holes: bool = False) -> list[str]:
+    """The path of every leaf, in their order."""
+    paths: list[str] = []
+    map_with_paths(lambda path, _: paths.append(path), tree, holes=holes)
+    return paths
+
+
+def is_masked(tree: Any) -> bool:
+    """Whether leaves have been taken out by ``optax.masked`` or ``partition``."""
+    nodes = jax.tree.leaves(tree, is_leaf=_is_position)
+    return any(isinstance(node, optax.MaskedNode) for node in nodes)
+
+
+def listed(items: Iterable[Any], most: int = 8) -> str:
+    """For a message: the first few, and how many more."""
+    items = list(items)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(repr(item) for item in items[:most]) + more
+
+
+def is_function(value: Any) -> bool:
+    """Whether this is to be called: an Equinox module of labels can be, and is not."""
+    return callable(value) and all_leaves([value])
+
+
+def check_labels(labels: Iterable[Any]) -> list[Any]:
+    """Distinct labels, sorted; raises unless all are strings or all integers."""
+    distinct = set(labels)
+    if not (
+        all(isinstance(label, str) for label in distinct)
+        or all(
+            isinstance(label, int | np.integer) and not isinstance(label, bool)
+            for label in distinct
+        )
+    ):
+        raise TypeError(
+            "`param_labels` must give labels that are all strings or all integers, got "
+            f"{listed(sorted(distinct, key=repr))}."
+        )
+    return sorted(distinct)
+
+
+def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
+    """A label per leaf of ``params``, in their order; a Flax box is one leaf."""
+    tree = param_labels(params) if is_function(param_labels) else param_labels
+
+    def unbox(node: Any) -> Any:
+        return jax.tree.leaves(node)[0] if is_box(node) else node
+
+    tree = jax.tree.map(unbox, tree, is_leaf=is_box)
+
+    def spread(label: Any, part: Any) -> list[Any]:
+        return [label] * len(jax.tree.leaves(part, is_leaf=is_box))
+
+    try:
+        labels = jax.tree.leaves(jax.tree.map(spread, tree, params))
+    except (ValueError, TypeError):
+        raise ValueError(_no_prefix(tree, params)) from None
+    check_labels(labels)
+    return labels
+
+
+def _no_prefix(labels: Labels, params: Any) -> str:
+    """Why ``labels`` are not a prefix of ``params``."""
+    theirs, ours = set(paths_of(params)), set(paths_of(labels))
+
+    def below(path: str, parents: set[str]) -> bool:
+        names = path.split("/")
+        return any("/".join(names[:k]) in parents for k in range(len(names) + 1))
+
+    uncovered = sorted(path for path in theirs if not below(path, ours))
+    covered = {p for path in theirs for p in _parents(path)}
+    unknown = sorted(ours - covered)
+    reasons = [
+        *([f"no label for {listed(uncovered)}"] if uncovered else []),
+        *([f"no parameter at {listed(unknown)}"] if unknown else []),
+    ] or [
+        f"containers of another kind ({type(labels).__name__} at the root, where the "
+        f"parameters have {type(params).__name__})"
+    ]
+    return (
+        "`param_labels` must have the structure of the parameters, or be a prefix of "
+        f"it, got {' and '.join(reasons)}. A function `params -> labels`, such as "
+        "`label_by_path(rules)`, has the right structure by itself."
+    )
+
+
+def _parents(path: str) -> list[str]:
+    """The path's beginnings, down to itself: ``a``, ``a/b``, ``a/b/c``."""
+    names = path.split("/")
+    return ["/".join(names[: k + 1]) for k in range(len(names))]
+
+
+def skeleton_of(params: optax.Params) -> Any:
+    """The containers of the parameters, with None for each leaf."""
+    return jax.tree.map(lambda _: None, params, is_leaf=is_box)
+
+
+def check_skeleton(updates: optax.Updates, skeleton: Any) -> None:
+    """Raises unless ``updates`` have the structure that ``init`` has seen."""
+    now = skeleton_of(updates)
+    same: Any = jax.tree.structure(skeleton)
+    if jax.tree.structure(now) == same:
+        return
+    before, after = (set(paths_of(tree, holes=True)) for tree in (skeleton, now))
+    reasons = [
+        *([f"without {listed(sorted(before - after))}"] if before - after else []),
+        *([f"with {listed(sorted(after - before))} anew"] if after - before else []),
+    ] or [f"containers of another kind ({type(now).__name__} at the root)"]
+    raise ValueError(
+        "`updates` must have the structure of the parameters at `init`, got updates "
+        + " and ".join(reasons)
+        + "."
+    )
+
+
+def names_of(labels: Any) -> dict[Any, None]:
+    """Labels as part of a state's structure, and not of its data."""
+    return dict.fromkeys(labels)
+
+
+# --- labels from paths ----------------------------------------------------------------
+
+
+def _regex(name: str, pattern: Any) -> re.Pattern[str]:
+    if not isinstance(pattern, str | re.Pattern):
+        raise TypeError(
+            f"`{name}` must be a regular expression, got {pattern!r} of type "
+            f"{type(pattern).__name__}."
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`{name}` must be a regular expression, got {pattern!r}: {error}."
+        ) from None
+
+
+def label_by_path(
+    rules: Sequence[tuple[str, Hashable]],
+    *,
+    unmatched_rules: Literal["error", "warn"] = "error",
+) -> LabelFn:
+    """Labels parameters by regular expressions on their paths; the first match wins.
+
+    A path is the names from the root to the leaf, ``encoder/block_3/attention/kernel``:
+    keys, attributes and indices, the same at ``init`` and ``update`` in every container
+    that JAX knows. An expression must match the whole path.
+
+    Args:
+      rules: Pairs ``(expression, label)``, tried in order. Labels are all strings or
+        all integers. A last rule ``(".*", label)`` covers what is left.
+      unmatched_rules: What a rule that labels nothing is, since most are misspelt:
+        ``"error"``, or ``"warn"`` for rules that serve several networks. (Not looked at
+        where ``optax.masked`` or ``optax.partition`` hide a part of the parameters.)
+
+    Returns:
+      A function ``params -> labels``, for ``param_labels`` here and in
+      ``optax.partition``. The labels are in the containers of the parameters.
+
+    Raises:
+      ValueError: If there are no rules or one is not a regular expression; when called,
+        if a leaf is not covered or a rule labels nothing. The message lists them.
+      TypeError: If a rule is not a pair, or labels are of several kinds.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> params = {"encoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+      ...           "head": {"kernel": jnp.ones((2, 1))}}
+      >>> label = osc.label_by_path([("head/.*", "head"), (".*", "body")])
+      >>> label(params)
+      {'encoder': {'bias': 'body', 'kernel': 'body'}, 'head': {'kernel': 'head'}}
+
+    References:
+      Beyer, Zhai and Kolesnikov, `Big Vision
+      <https://github.com/google-research/big_vision>`_, 2022: rules of this form.
+    """
+    _checks.choice("unmatched_rules", unmatched_rules, ("error", "warn"))
+    rules = list(rules)
+    _checks.require(bool(rules), "rules", "at least one pair", rules)
+    for rule in rules:
+        if not isinstance(rule, tuple | list) or len(rule) != 2:
+            raise TypeError(
+                f"`rules` must be pairs of an expression and a label, got {rule!r}."
+            )
+    patterns = [_regex("rules", pattern) for pattern, _ in rules]
+    check_labels(label for _, label in rules)
+
+    def label_fn(params: optax.Params) -> Labels:
+        used, uncovered = set(), []
+
+        def label(path: str, leaf: Any) -> Any:
+            matching = (k for k, p in enumerate(patterns) if p.fullmatch(path))
+            first = next(matching, None)
+            if first is not None:
+                used.add(first)
+            if leaf is None or isinstance(leaf, optax.MaskedNode):
+                return leaf
+            if first is None:
+                uncovered.append(path)
+                return None
+            return rules[first][1]
+
+        labels = map_with_paths(label, params, holes=True)
+        idle = [p.pattern for k, p in enumerate(patterns) if k not in used]
+        check_idle = idle and used | set(uncovered) and not is_masked(params)
+        if uncovered:
+            also = f" (rules that match nothing: {listed(idle)})" if check_idle else ""
+            raise ValueError(
+                f"`rules` must cover every parameter, got none for {listed(uncovered)}"
+                f"{also}. A rule must match the whole path; a last rule ('.*', label) "
+                "covers the rest."
+            )
+        if check_idle:
+            message = (
+                "`rules` must each label a parameter, got none for "
+                f"{listed(idle)}: no path matches, or earlier rules take them all. The "
+                f"paths are {listed(paths_of(params))}."
+            )
+            if unmatched_rules == "error":
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
+        return labels
+
+    return label_fn
+
+
+# What the layers around the blocks are usually called, tried from the left on every
+# name in a path. "unembed" and "embed_out" are heads, so heads are tried first.
+_HEAD = (
+    r"heads?|\w+_head|head_\w+|classifier|\w+_classifier|fc|fc_norm|(\w+_)?logits(_\w+)?"
+    r"|out|output|output_(layer|projection|proj)|unembed(ding)?|embed_out|pooler"
+    r"|predictions?|(visual|text)_projection"
+)
+_STEM = (
+    r"(\w*_)?(pos|patch|tok|token)?_?embed(s|ding|dings|der)?(_(tokens?|input|norm))?"
+    r"|stem|\w+_stem|stem_\w+|cls|(cls|class|dist|mask|reg|register)_tokens?"
+    r"|tokens?|positions?|wte|wpe|rel_pos_bias"
+    r"|norm_pre|pre_norm|ln_pre|pre_layer_?norm|pre_layrnorm"
+)
+_NORM = r"norm|\w+_norm|norm_\w+|ln_(f|final|post)|(\w+_)?layer_?norm(_\w+)?"
+_NUMBERED = r".*?(\d+)"
+
+
+def _place(name: str) -> tuple[str, int] | None:
+    """What a name says about depth: a stem, a head, a final norm, or a number."""
+    word = name.lower()
+    if re.fullmatch(_HEAD, word):
+        return "head", 0
+    if re.fullmatch(rf"({_STEM})(_\d+)?", word):
+        return "stem", 0
+    if numbered := re.fullmatch(_NUMBERED, word):
+        return "block", int(numbered[1])
+    return ("norm", 0) if re.fullmatch(_NORM, word) else None
+
+
+def label_by_depth(
+    pattern: str | None = None,
+    *,
+    stem: str | Sequence[str] = (),
+    head: str | Sequence[str] = (),
+    final_norm: Literal["last_block", "head"] = "last_block",
+) -> LabelFn:
+    r"""Labels parameters by their depth, 0 nearest the input, for layer-wise rates.
+
+    The number of a parameter's block is the first number that ends a name in its path:
+    3 in ``block_3/kernel``, ``layers/3/kernel``, ``encoder/Conv_3/kernel``. Around the
+    blocks stand a stem (patch, word and position embeddings, class tokens), a final
+    norm and a head, known by their usual names; whichever such name or number comes
+    first in the path decides. Depths are, as in timm's vision transformers: the stem 0,
+    then the blocks in the order of their numbers, the final norm with the last block,
+    the head one above. A 12-block transformer has 14 groups.
+
+    Check the result with :func:`describe_groups`: names can mislead. Where lists number
+    on their own (``Conv_0``, ``Conv_1``, ``Dense_0``) there is a warning; give a
+    pattern or a ``head`` then.
+
+    Args:
+      pattern: A regular expression with a group that finds the number, as ``re.search``
+        does, in place of the first number: ``r"stages/(\d+)"``. None: the first number.
+      stem: Expressions for what else is nearest the input. One that matches a whole
+        path, or a whole beginning of it (``"backbone/conv1"``), goes before every name
+        and number.
+      head: Expressions for what else is above the blocks; likewise.
+      final_norm: Where a norm outside the blocks belongs: ``"last_block"`` as in timm,
+        or ``"head"`` as in the code of BEiT and MAE.
+
+    Returns:
+      A function ``params -> labels`` with integers 0, 1, 2, ... without gaps, in the
+      containers of the parameters.
+
+    Raises:
+      ValueError: If an expression is wrong or ``pattern`` has no group; when called, if
+        a path has neither a number nor a known name. The message lists them.
+      TypeError: For an argument of the wrong kind.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> leaf = jnp.ones(2)
+      >>> params = {"patch_embed": leaf, "blocks": [leaf, leaf], "norm": leaf,
+      ...           "head": leaf}
+      >>> osc.label_by_depth()(params)
+      {'blocks': [1, 2], 'head': 3, 'norm': 2, 'patch_embed': 0}
+
+    References:
+      Clark et al., `ELECTRA <https://arxiv.org/abs/2003.10555>`_, 2020; Bao et al.,
+      `BEiT <https://arxiv.org/abs/2106.08254>`_, 2022 (layer-wise decay); Wightman,
+      `PyTorch Image Models <https://github.com/huggingface/pytorch-image-models>`_,
+      2019, ``group_matcher`` of its vision transformer.
+    """
+    _checks.choice("final_norm", final_norm, ("last_block", "head"))
+    number = None if pattern is None else _regex("pattern", pattern)
+    if number is not None:
+        rule = "a regular expression with a group for the number"
+        _checks.require(number.groups > 0, "pattern", rule, repr(pattern))
+    named = {
+        "stem": [_regex("stem", p) for p in ([stem] if _is_regex(stem) else stem)],
+        "head": [_regex("head", p) for p in ([head] if _is_regex(head) else head)],
+    }
+
+    def place(path: str) -> tuple[str, int, str] | None:
+        """Where a path belongs, its number, and what stands before the number."""
+        names = _parents(path)
+        for where, patterns in named.items():
+            if any(p.fullmatch(begin) for p in patterns for begin in names):
+                return where, 0, ""
+        if number is not None and (found := number.search(path)):
+            digits = next((g for g in found.groups() if g and g.isdecimal()), None)
+            if digits is not None:
+                return "block", int(digits), ""
+        for begin in names:
+            found_here = _place(begin.rsplit("/", 1)[-1])
+            if found_here is None or (found_here[0] == "block" and number is not None):
+                continue
+            where, index = found_here
+            return where, index, begin.rstrip("0123456789")
+        return None
+
+    def label_fn(params: optax.Params) -> Labels:
+        places = {path: place(path) for path in paths_of(params, holes=True)}
+        lost = [path for path in paths_of(params) if places[path] is None]
+        if lost:
+            raise ValueError(
+                "`params` must have a number or a known name in every path, got "
+                f"{listed(lost)}. Name what is nearest the input in `stem`, what is "
+                "above the blocks in `head`, or how blocks are numbered in `pattern`."
+            )
+        known = [found for found in places.values() if found is not None]
+        numbers = sorted({index for where, index, _ in known if where == "block"})
+        _warn_of_separate_counts(known)
+        first = int(any(where == "stem" for where, *_ in known))
+        top = first + len(numbers)
+        depths = {index: first + rank for rank, index in enumerate(numbers)}
+        last = top if final_norm == "head" else max(top - 1, 0)
+        outside = {"stem": 0, "norm": last, "head": top}
+
+        def depth(path: str, leaf: Any) -> Any:
+            if leaf is None or isinstance(leaf, optax.MaskedNode):
+                return leaf
+            where, index, _ = places[path]  # type: ignore[misc]
+            return depths[index] if where == "block" else outside[where]
+
+        return map_with_paths(depth, params, holes=True)
+
+    return label_fn
+
+
+def _is_regex(value: Any) -> bool:
+    return isinstance(value, str | re.Pattern)
+
+
+def _warn_of_separate_counts(places: Iterable[tuple[str, int, str]]) -> None:
+    """Two lists that overlap and differ, ``Conv_0, Conv_1, Dense_0``, count apart."""
+    lists: dict[str, set[int]] = {}
+    for where, index, before in places:
+        if where == "block":
+            lists.setdefault(before, set()).add(index)
+    for before, indices in lists.items():
+        for other, others in lists.items():
+            if before < other and indices & others and indices != others:
+                warnings.warn(
+                    f"`params` number {before!r} and {other!r} separately "
+                    f"({sorted(indices)} and {sorted(others)}), yet equal numbers get "
+                    "equal depths. Give a `pattern`, `stem` or `head` if that is "
+                    "wrong; `describe_groups` shows the depths.",
+                    stacklevel=4,
+                )
+                return

@@ -1,0 +1,314 @@
+"""From which step on does a group of parameters train?
+
+Gradual unfreezing trains the head of a trained network first, and lets the others join
+later, from the output to the input: ULMFiT thaws a group per epoch, fast.ai
+all at once. A group that starts later needs memory of its own, so there is an inner
+state per distinct thaw step. It is left alone until then, and counts from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_superconv import _checks
+from optax_superconv._hyperparams import AppliedHyperparams, GroupState
+from optax_superconv._labels import (
+    LabelFn,
+    Labels,
+    check_labels,
+    check_skeleton,
+    is_box,
+    is_function,
+    is_masked,
+    labels_of,
+    listed,
+    names_of,
+    skeleton_of,
+)
+
+
+class GradualUnfreezingState(NamedTuple):
+    """State of :func:`gradual_unfreezing`."""
+
+    count: jax.Array  # type: ignore[assignment]  # (), int32
+    skeleton: Any  # the containers of the parameters, None for each leaf
+    frozen: jax.Array  # (distinct thaw steps,), bool; in the next update
+    groups: tuple[GroupState, ...]  # one per distinct thaw step
+
+
+def gradual_unfreezing(
+    inner: optax.GradientTransformation,
+    thaw_steps: Mapping[Any, int | None],
+    param_labels: Labels | LabelFn,
+) -> optax.GradientTransformationExtraArgs:
+    """Freezes groups of parameters until a step of their own, or for good.
+
+    A group with thaw step s gets updates of zero at counts 0 to s - 1 and its first at
+    count s. It then begins as on its first step: its moments are empty and schedules
+    inside ``inner`` count from there, while what trains already goes on undisturbed.
+    There is one state of ``inner`` per distinct thaw step, of constant structure:
+    nothing is traced again at a thaw, and a checkpoint of any step loads.
+
+    A frozen leaf keeps its bits whatever stands before this or inside ``inner``, so put
+    all that adds to the updates there, weight decay above all, and never after it.
+    A rate that follows the run stands after: ``chain(gradual_unfreezing(chain(
+    scale_by_scheduled_adam(...), add_decayed_weights(...)), ...),
+    scale_by_learning_rate(schedule))``. Clipping by the global norm belongs before;
+    inside ``inner`` each thaw step has a norm of its own.
+
+    Batch statistics are no parameters: to hold them too, run frozen layers in their
+    evaluation mode.
+
+    Args:
+      inner: The optimizer of each group, or its part up to the learning rate.
+      thaw_steps: A dict from label to the step of the first update, 0 for at once, None
+        for never. A group that never thaws has no memory of its own.
+      param_labels: A tree of labels, a prefix of one, or a function
+        ``params -> labels``.
+
+    Returns:
+      The transformation. :func:`frozen_labels` tells what is frozen;
+      :func:`read_hyperparams` reads what ``inner`` records as ``name/<label>``, until a
+      group's thaw its values at step 0.
+
+    Raises:
+      ValueError: If a thaw step is negative; at ``init`` and ``update``, if a label has
+        no thaw step or a thaw step no label, if labels do not fit the parameters, or
+        the updates not what ``init`` has seen.
+      TypeError: If a thaw step is neither a whole number nor None, or an argument is of
+        the wrong kind.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_superconv as osc
+      >>> params = {"body": jnp.zeros(()), "head": jnp.zeros(())}
+      >>> tx = osc.gradual_unfreezing(
+      ...     optax.sgd(1.0), {"body": 2, "head": 0}, {"body": "body", "head": "head"})
+      >>> state = tx.init(params)
+      >>> for _ in range(4):
+      ...     print(osc.frozen_labels(state), end=" ")
+      ...     grads = {"body": jnp.ones(()), "head": jnp.ones(())}
+      ...     updates, state = tx.update(grads, state, params)
+      ...     print(updates["body"], updates["head"])
+      {'body'} 0.0 -1.0
+      {'body'} 0.0 -1.0
+      set() -1.0 -1.0
+      set() -1.0 -1.0
+
+    References:
+      Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
+      <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.3.
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"`inner` must be a gradient transformation, got {inner!r} of type "
+            f"{type(inner).__name__}."
+        )
+    return unfreezing(lambda thaw_step: inner, thaw_steps, param_labels)
+
+
+def unfreezing(
+    make_inner: Callable[[int], optax.GradientTransformation],
+    thaw_steps: Mapping[Any, int | None] | Callable[[list[Any]], Any],
+    param_labels: Labels | LabelFn,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`gradual_unfreezing` with an inner optimizer that knows its thaw step."""
+    if not is_function(thaw_steps):
+        _check_thaw_steps(thaw_steps)
+
+    def thaws_of(tree: Any) -> tuple[list[int | None], dict[Any, int | None]]:
+        """The thaw step of each leaf and of each label."""
+        labels = labels_of(param_labels, tree)
+        if isinstance(thaw_steps, Mapping):
+            steps = dict(thaw_steps)
+        else:
+            steps = thaw_steps(check_labels(labels))
+        unknown = [label for label in check_labels(labels) if label not in steps]
+        if unknown:
+            raise ValueError(
+                f"`thaw_steps` must have every label, got none for {listed(unknown)} "
+                "(0 trains from the start, None never)."
+            )
+        idle = [label for label in steps if label not in labels]
+        if idle and labels and not is_masked(tree):
+            raise ValueError(
+                f"`thaw_steps` must each have a parameter, got {listed(idle)}, where "
+                f"the labels are {listed(check_labels(labels))}."
+            )
+        return [steps[label] for label in labels], steps
+
+    def part(tree: Any, thaws: list[int | None], step: int) -> Any:
+        """The tree with nothing but the leaves that thaw at ``step``."""
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=is_box)
+        pairs = zip(leaves, thaws, strict=True)
+        return jax.tree.unflatten(
+            treedef, [x if thaw == step else optax.MaskedNode() for x, thaw in pairs]
+        )
+
+    def frozen_at(count: jax.Array, order: list[int | None]) -> jax.Array:
+        return jnp.stack([jnp.array(True) if s is None else count < s for s in order])
+
+    def init_fn(params: optax.Params) -> GradualUnfreezingState:
+        thaws, by_label = thaws_of(params)
+        order = _order(by_label)
+        count = jnp.zeros([], jnp.int32)
+        groups = []
+        for step in order:
+            labels = names_of(sorted(k for k, s in by_label.items() if s == step))
+            inner_state = (
+                optax.EmptyState()
+                if step is None
+                # A tree without leaves is passed on whole: optax.tree.map_params looks
+                # for parameters with a placeholder.
+                else make_inner(step).init(
+                    part(params, thaws, step) if thaws else params
+                )
+            )
+            groups.append(GroupState(labels, inner_state))
+        return GradualUnfreezingState(
+            count, skeleton_of(params), frozen_at(count, order), tuple(groups)
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: GradualUnfreezingState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GradualUnfreezingState]:
+        check_skeleton(updates, state.skeleton)
+        thaws, by_label = thaws_of(updates)
+        order = _order(by_label)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
+        new_leaves = list(leaves)
+        groups = []
+        for step, group in zip(order, state.groups, strict=True):
+            mine = [k for k, thaw in enumerate(thaws) if thaw == step]
+            if step is None:
+                for k in mine:
+                    new_leaves[k] = jax.tree.map(jnp.zeros_like, leaves[k])
+                groups.append(group)
+                continue
+            inner = optax.with_extra_args_support(make_inner(step))
+            new_updates, inner_state = inner.update(
+                part(updates, thaws, step),
+                group.inner_state,
+                None if params is None else part(params, thaws, step),
+                **extra_args,
+            )
+            if step > 0:
+                thawed = state.count >= step
+                new_updates = jax.tree.map(
+                    lambda new, thawed=thawed: _choose(
+                        thawed, new, jnp.zeros_like(new)
+                    ),
+                    new_updates,
+                )
+                inner_state = _choose_state(thawed, inner_state, group.inner_state)
+            new = jax.tree.leaves(new_updates, is_leaf=is_box)
+            for k, leaf in zip(mine, new, strict=True):
+                new_leaves[k] = leaf
+            groups.append(GroupState(group.labels, inner_state))
+        count = optax.safe_increment(state.count)
+        return jax.tree.unflatten(treedef, new_leaves), GradualUnfreezingState(
+            count, state.skeleton, frozen_at(count, order), tuple(groups)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_thaw_steps(thaw_steps: Any) -> None:
+    if not isinstance(thaw_steps, Mapping):
+        raise TypeError(
+            "`thaw_steps` must be a dict from label to step, got "
+            f"{thaw_steps!r} of type {type(thaw_steps).__name__}."
+        )
+    _checks.require(
+        bool(thaw_steps), "thaw_steps", "a dict of at least one label", "{}"
+    )
+    check_labels(thaw_steps)
+    for label, step in thaw_steps.items():
+        if step is not None:
+            _checks.steps(f"thaw_steps[{label!r}]", step)
+
+
+def _order(by_label: Mapping[Any, int | None]) -> list[int | None]:
+    """Distinct thaw steps, rising, None last."""
+    distinct = set(by_label.values())
+    never: list[int | None] = [None] if None in distinct else []
+    return sorted(s for s in distinct if s is not None) + never
+
+
+def _choose(condition: jax.Array, new: Any, old: Any) -> jax.Array:
+    # Selecting runs on without the host, where a conditional on a GPU waits for it.
+    new, old = jnp.asarray(new), jnp.asarray(old)
+    new = new if new.dtype == old.dtype else new.astype(old.dtype)
+    return jax.lax.select(condition, new, old)
+
+
+def _choose_state(condition: jax.Array, new: Any, old: Any) -> Any:
+    """``new`` if ``condition`` else ``old``; of records always ``new``.
+
+    A frozen state stands at its step 0, and so do its records in ``new``. As outputs of
+    their own they are computed once and not anew for every leaf.
+    """
+
+    def is_record(node: Any) -> bool:
+        return isinstance(node, AppliedHyperparams)
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if is_record(new) else _choose(condition, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=is_record)
+
+
+def frozen_labels(opt_state: Any) -> set[Any]:
+    """The labels that :func:`gradual_unfreezing` holds frozen in the next update.
+
+    Args:
+      opt_state: An optimizer state, or any pytree that holds one, such as an
+        ``nnx.Optimizer`` or a Linen ``TrainState``; at any nesting.
+
+    Returns:
+      The labels; empty if nothing is frozen. Labels whose thaw step is None always are.
+
+    Raises:
+      TypeError: Under ``jit``, where the step is not known.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_superconv as osc
+      >>> tx = osc.gradual_unfreezing(optax.adam(1e-3), {0: 10, 1: 0}, [0, 1])
+      >>> osc.frozen_labels(tx.init([jnp.ones(2), jnp.ones(2)]))
+      {0}
+
+    References:
+      Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
+      <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.3.
+    """
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, GradualUnfreezingState)
+
+    found: set[Any] = set()
+    for state in jax.tree.leaves(opt_state, is_leaf=is_state):
+        if not is_state(state):
+            continue
+        # A Flax NNX optimizer holds its state in Variables, which are pytrees.
+        (frozen,) = jax.tree.leaves(state.frozen)
+        if isinstance(frozen, jax.core.Tracer):
+            raise TypeError(
+                "`opt_state` must be concrete to tell what is frozen, got a traced one."
+            )
+        # A batch of states moves in lockstep; its axes come first.
+        flags = np.atleast_2d(frozen).reshape(-1, len(state.groups)).all(0)
+        for k, group in enumerate(state.groups):
+            found |= set(group.labels) if flags[k] else set()
+    return found
