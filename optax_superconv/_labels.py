@@ -294,15 +294,17 @@ _STEM = (
     r"(\w*_)?(pos|patch|tok|token)?_?embed(s|ding|dings|der)?(_(tokens?|input|norm))?"
     r"|stem|\w+_stem|stem_\w+|cls|(cls|class|dist|mask|reg|register)_tokens?"
     r"|tokens?|positions?|wte|wpe|rel_pos_bias"
-    r"|norm_pre|pre_norm|ln_pre|pre_layer_?norm|pre_layrnorm"
+    r"|conv_proj|norm_pre|pre_norm|ln_pre|pre_layer_?norm|pre_layrnorm"
 )
-_NORM = r"norm|\w+_norm|norm_\w+|ln_(f|final|post)|(\w+_)?layer_?norm(_\w+)?"
+_NORM = r"(\w+_)?(layer_?|rms_?)?norm(_\w+)?|ln|ln_(f|final|post)"
 _NUMBERED = r".*?(\d+)"
 
 
-def _place(name: str) -> tuple[str, int] | None:
+def _place(name: str, is_leaf: bool) -> tuple[str, int] | None:
     """What a name says about depth: a stem, a head, a final norm, or a number."""
     word = name.lower()
+    if word == "cls" and not is_leaf:  # A token in vision, BERT's head in language.
+        return "head", 0
     if re.fullmatch(_HEAD, word):
         return "head", 0
     if re.fullmatch(rf"({_STEM})(_\d+)?", word):
@@ -388,7 +390,7 @@ def label_by_depth(
             if digits is not None:
                 return "block", int(digits), ""
         for begin in names:
-            found_here = _place(begin.rsplit("/", 1)[-1])
+            found_here = _place(begin.rsplit("/", 1)[-1], begin == path)
             if found_here is None or (found_here[0] == "block" and number is not None):
                 continue
             where, index = found_here

@@ -17,7 +17,11 @@ import numpy as np
 import optax
 
 from optax_superconv import _checks
-from optax_superconv._hyperparams import AppliedHyperparams, GroupState
+from optax_superconv._hyperparams import (
+    AppliedHyperparams,
+    AppliedMultipliers,
+    GroupState,
+)
 from optax_superconv._labels import (
     LabelFn,
     Labels,
@@ -260,7 +264,7 @@ def _choose_state(condition: jax.Array, new: Any, old: Any) -> Any:
     """
 
     def is_record(node: Any) -> bool:
-        return isinstance(node, AppliedHyperparams)
+        return isinstance(node, AppliedHyperparams | AppliedMultipliers)
 
     def choose(new: Any, old: Any) -> Any:
         return new if is_record(new) else _choose(condition, new, old)
@@ -308,7 +312,7 @@ def frozen_labels(opt_state: Any) -> set[Any]:
                 "`opt_state` must be concrete to tell what is frozen, got a traced one."
             )
         # A batch of states moves in lockstep; its axes come first.
-        flags = np.atleast_2d(frozen).reshape(-1, len(state.groups)).all(0)
+        flags = np.all(np.asarray(frozen).reshape(-1, len(state.groups)), axis=0)
         for k, group in enumerate(state.groups):
             found |= set(group.labels) if flags[k] else set()
     return found
