@@ -192,15 +192,19 @@ class Training(NamedTuple):
     batches: Callable[[int, int], list[data.Batch]]
 
 
-def batch_indices(task: Task, num_steps: int, seed: int) -> np.ndarray:
-    """(num_steps, batch_size) int32; reshuffled every epoch."""
+def shuffled(examples: int, size: int, num_steps: int, seed: int) -> np.ndarray:
+    """(num_steps, size) int32 below ``examples``; reshuffled every epoch."""
     rng = np.random.default_rng(seed)
-    examples, size = len(task.train[1]), task.batch_size
     epochs = -(-num_steps // (examples // size))
     orders = [
         rng.permutation(examples)[: examples // size * size] for _ in range(epochs)
     ]
     return np.concatenate(orders).reshape(-1, size)[:num_steps].astype(np.int32)
+
+
+def batch_indices(task: Task, num_steps: int, seed: int) -> np.ndarray:
+    """Of examples of a task, (num_steps, batch_size)."""
+    return shuffled(len(task.train[1]), task.batch_size, num_steps, seed)
 
 
 def make_training(task: Task, make_tx: Callable[[Any], Any]) -> Training:

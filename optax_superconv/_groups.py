@@ -49,7 +49,7 @@ class ScaleByGroupState(NamedTuple):
     """State of :func:`scale_by_group`."""
 
     count: jax.Array  # type: ignore[assignment]  # (), int32
-    skeleton: Any  # the containers of the parameters, None for each leaf
+    skeleton: Any  # the containers of the parameters, () for each leaf
     applied: AppliedMultipliers
 
 
@@ -68,8 +68,13 @@ def _in_order(labels: Any) -> list[Any]:
     is_sequence = isinstance(labels, list | tuple) and all_leaves(labels)
     leaves = jax.tree.leaves(labels, is_leaf=is_box)
     leaves = [jax.tree.leaves(x)[0] if is_box(x) else x for x in leaves]
-    leaves = [x.item() if isinstance(x, np.generic) else x for x in leaves]
-    distinct = check_labels(leaves)
+    arrays = (np.generic, np.ndarray, jax.Array)
+    leaves = [
+        label
+        for x in leaves
+        for label in (np.ravel(x).tolist() if isinstance(x, arrays) else [x])
+    ]
+    distinct = check_labels(leaves, "labels")
     _checks.require(bool(distinct), "labels", "at least one label", labels)
     if isinstance(distinct[0], str) and len(distinct) > 1:
         if not is_sequence:
@@ -117,14 +122,12 @@ def layerwise_multipliers(
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2;
       Bao et al., `BEiT <https://arxiv.org/abs/2106.08254>`_, 2022.
     """
-    rule = "above 0 and at most 1"
-    _checks.number("decay", decay, rule, lambda d: (d > 0) & (d <= 1))
+    d = _float("decay", decay, "above 0 and at most 1", lambda d: (d > 0) & (d <= 1))
     rule = "at least 0 and at most 1"
-    _checks.number(
+    least = _float(
         "min_multiplier", min_multiplier, rule, lambda m: (m >= 0) & (m <= 1)
     )
     order = _in_order(labels)
-    d, least = _float(decay), _float(min_multiplier)
     traced = isinstance(d + least, jax.Array)
     return {
         label: jnp.maximum(d**power, least) if traced else max(d**power, least)
@@ -132,9 +135,11 @@ def layerwise_multipliers(
     }
 
 
-def _float(value: ArrayLike) -> Any:
-    """A concrete number as a float, which shows as one; a traced one as it is."""
-    return value if isinstance(value, jax.core.Tracer) else float(np.asarray(value))
+def _float(name: str, value: ArrayLike, rule: str, holds: Any) -> Any:
+    """A concrete number as a float, checked; a traced one as it is."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    return _checks.scalar(name, value, rule, holds)
 
 
 def geometric_multipliers(
@@ -170,13 +175,11 @@ def geometric_multipliers(
       Howard and Gugger, `fastai: A Layered API for Deep Learning
       <https://arxiv.org/abs/2002.04688>`_, 2020, ``even_mults``.
     """
-    _checks.number("highest", highest, "above 0", lambda m: m > 0)
-    high = _float(highest)
+    high = _float("highest", highest, "above 0", lambda m: m > 0)
     order = _in_order(labels)
     if lowest is None:
         return {label: high if label == order[-1] else high / 10 for label in order}
-    _checks.number("lowest", lowest, "above 0", lambda m: m > 0)
-    low = _float(lowest)
+    low = _float("lowest", lowest, "above 0", lambda m: m > 0)
     if not isinstance(low + high, jax.Array):
         _checks.require(low <= high, "lowest", f"at most `highest` ({high})", low)
     last = max(len(order) - 1, 1)
@@ -212,7 +215,8 @@ def scale_by_group(
       multipliers: A dict from label to a number at least 0 or a schedule
         ``count -> number``, as :func:`layerwise_multipliers` makes. Or a function of
         the sorted labels that makes it, such as
-        ``functools.partial(layerwise_multipliers, decay=0.75)``.
+        ``functools.partial(layerwise_multipliers, decay=0.75)``. (It is given the
+        labels that it can see, where ``optax.masked`` hides parameters.)
       param_labels: A tree of labels, a prefix of one, or a function
         ``params -> labels`` such as :func:`label_by_depth` makes.
 
@@ -249,14 +253,8 @@ def scale_by_group(
       Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2.
     """
-    if isinstance(multipliers, Mapping):
-        multipliers = dict(multipliers)
+    if not is_function(multipliers):
         _check_multipliers(multipliers)
-    elif not is_function(multipliers):
-        raise TypeError(
-            "`multipliers` must be a dict from label to multiplier, or a function that "
-            f"makes one, got {multipliers!r}."
-        )
 
     def values_at(by_label: Mapping[Any, Any], count: jax.Array) -> dict[Any, Any]:
         return {k: value_at(by_label[k], count) for k in sorted(by_label)}
@@ -282,12 +280,17 @@ def scale_by_group(
         del params, extra_args
         check_skeleton(updates, state.skeleton)
         labels = labels_of(param_labels, updates)
-        values = values_at(_multipliers_of(multipliers, labels, updates), state.count)
+        by_label = _multipliers_of(multipliers, labels, updates)
+        values = values_at(by_label, state.count)
+        factors = {
+            k: value if callable(by_label[k]) else _as_data(value, state.count)
+            for k, value in values.items()
+        }
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
 
         def scaled(label: Any, leaf: Any) -> Any:
             return jax.tree.map(
-                lambda g: narrow(times(values[label], widen(g)), g), leaf
+                lambda g: narrow(times(factors[label], widen(g)), g), leaf
             )
 
         scaled_leaves = map(scaled, labels, leaves)
@@ -298,21 +301,43 @@ def scale_by_group(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _as_data(value: jax.Array, count: jax.Array) -> jax.Array:
+    """A constant that XLA does not build into its kernels.
+
+    So the leaves of all groups share kernels, and to compile many groups takes no
+    longer than to compile one. XLA builds in scalars, and what it can compute
+    beforehand; it cannot know that a count is not negative.
+    """
+    zero = count.astype(jnp.uint32) >> 31
+    return jax.lax.dynamic_slice(jnp.stack([value, value + 1]), (zero,), (1,)).reshape(
+        ()
+    )
+
+
 def _check_multipliers(multipliers: Any) -> None:
     """Raises unless this is a dict of constants and schedules by label."""
+    if not isinstance(multipliers, Mapping):
+        raise TypeError(
+            "`multipliers` must be a dict from label to multiplier, or a function that "
+            f"makes one, got {multipliers!r} of type {type(multipliers).__name__}."
+        )
     _checks.require(
         len(multipliers) > 0, "multipliers", "a dict of at least one label", "{}"
     )
-    check_labels(multipliers)
+    check_labels(multipliers, "multipliers")
     for label, multiplier in multipliers.items():
         name = f"multipliers[{label!r}]"
         rule = "finite and at least 0"
         _checks.number_or_schedule(name, multiplier, rule, _checks.non_negative)
+        if not callable(multiplier) and np.ndim(multiplier):
+            raise TypeError(f"`{name}` must be a single number, got {multiplier}.")
 
 
 def _multipliers_of(multipliers: Any, labels: list[Any], params: Any) -> dict[Any, Any]:
     """The dict of multipliers, checked against the labels of ``params``."""
     if is_function(multipliers):
+        if not labels:
+            return {}
         multipliers = multipliers(check_labels(labels))
         _check_multipliers(multipliers)
     by_label: dict[Any, str] = {}
@@ -375,6 +400,8 @@ def describe_groups(
     labels = labels_of(param_labels, params)
     rows = [["path", "group"], *zip(paths_of(params), map(str, labels), strict=True)]
     if multipliers is not None:
+        if not is_function(multipliers):
+            _check_multipliers(multipliers)
         values = _multipliers_of(multipliers, labels, params)
         shown = [f"{_at_start(values[label]):.4g}" for label in labels]
         column = ["multiplier", *shown]

@@ -43,6 +43,7 @@ class GroupState(NamedTuple):
     """A state that serves some groups only; its records are named after each."""
 
     labels: dict[Any, None]
+    frozen: jax.Array  # (), bool; whether the last update left these groups alone
     inner_state: Any
 
 
@@ -191,13 +192,14 @@ _KNOWN = (
 
 
 def _find_applied(tree: Any, suffix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Name, suffix and value of every record; of factors per group, their record."""
+    """Name, suffix and value of every record, and the records of groups themselves."""
     for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _KNOWN)):
         if isinstance(node, AppliedHyperparams):
             yield from ((name, suffix, value) for name, value in node.values.items())
         elif isinstance(node, AppliedMultipliers):
             yield "", suffix, node
         elif isinstance(node, GroupState):
+            yield "", suffix, node
             for label in node.labels:
                 yield from _find_applied(node.inner_state, f"{suffix}/{label}")
         elif isinstance(node, _INJECTED):
@@ -235,7 +237,7 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
       Inside ``partition`` and :func:`gradual_unfreezing` the names are
       ``name/<label>``, and :func:`scale_by_group` adds ``learning_rate/<label>``, the
       rate times the group's multiplier (``multiplier/<label>`` where its chain records
-      no rate). A name that occurs again, as
+      no rate). While a group is frozen its rate is 0. A name that occurs again, as
       where ``inject_hyperparams`` wraps one of our recipes, is numbered: ``name_2``,
       ``name_3``. Before the first update the values are those of
       step 0. A state without any of this gives ``{}``.
@@ -249,16 +251,27 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
       {'weight_decay': 0.0, 'momentum': 0.95, 'learning_rate': 0.04}
     """
     found: list[tuple[str, str, jax.Array]] = []  # name, suffix, value
-    groups = []
+    multipliers: list[tuple[str, AppliedMultipliers]] = []
+    frozen: dict[str, jax.Array] = {}
     for name, suffix, value in _find_applied(opt_state):
         if isinstance(value, AppliedMultipliers):
-            groups.append((suffix, value))
+            multipliers.append((suffix, value))
+        elif isinstance(value, GroupState):
+            flag = _array(value.frozen)
+            for label in value.labels:
+                frozen |= {f"/{label}{suffix}": flag, f"{suffix}/{label}": flag}
         else:
             found.append((name, suffix, _array(value)))
-    for suffix, record in groups:
-        multipliers = _array(record.values)
+    for suffix, record in multipliers:
+        values = _array(record.values)
         for k, label in enumerate(record.labels):
-            found = _scale(found, suffix, f"/{label}", multipliers[..., k])
+            found = _scale(found, suffix, f"/{label}", values[..., k])
+    found = [
+        (name, at, jnp.where(frozen[at], 0, value))
+        if name == "learning_rate" and at in frozen
+        else (name, at, value)
+        for name, at, value in found
+    ]
     numbered: dict[str, jax.Array] = {}
     for name, suffix, value in found:
         key, number = name + suffix, 1

@@ -80,9 +80,10 @@ def is_function(value: Any) -> bool:
     return callable(value) and all_leaves([value])
 
 
-def check_labels(labels: Iterable[Any]) -> list[Any]:
+def check_labels(labels: Iterable[Any], name: str = "param_labels") -> list[Any]:
     """Distinct labels, sorted; raises unless all are strings or all integers."""
-    distinct = set(labels)
+    labels = list(labels)
+    distinct = set(labels) if all(isinstance(x, Hashable) for x in labels) else {None}
     if not (
         all(isinstance(label, str) for label in distinct)
         or all(
@@ -91,14 +92,16 @@ def check_labels(labels: Iterable[Any]) -> list[Any]:
         )
     ):
         raise TypeError(
-            "`param_labels` must give labels that are all strings or all integers, got "
-            f"{listed(sorted(distinct, key=repr))}."
+            f"`{name}` must have labels that are all strings or all integers, got "
+            f"{', '.join(sorted(set(map(repr, labels)))[:8])}."
         )
     return sorted(distinct)
 
 
 def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
     """A label per leaf of ``params``, in their order; a Flax box is one leaf."""
+    if not jax.tree.leaves(params, is_leaf=_is_position):
+        return []  # The placeholder of optax.tree.map_params is such a tree.
     tree = param_labels(params) if is_function(param_labels) else param_labels
 
     def unbox(node: Any) -> Any:
@@ -109,10 +112,26 @@ def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
     def spread(label: Any, part: Any) -> list[Any]:
         return [label] * len(jax.tree.leaves(part, is_leaf=is_box))
 
+    def is_hole(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    def visible(node: Any, labels: Any) -> Any:
+        return node if is_hole(node) else labels
+
     try:
-        labels = jax.tree.leaves(jax.tree.map(spread, tree, params))
+        spread_tree = jax.tree.map(spread, tree, params)
     except (ValueError, TypeError):
-        raise ValueError(_no_prefix(tree, params)) from None
+        try:  # A hole may stand for a whole subtree of labels.
+            pruned = jax.tree.map(
+                visible,
+                params,
+                tree,
+                is_leaf=lambda node: is_hole(node) or is_box(node),
+            )
+            spread_tree = jax.tree.map(spread, pruned, params)
+        except (ValueError, TypeError):
+            raise ValueError(_no_prefix(tree, params)) from None
+    labels = jax.tree.leaves(spread_tree)
     check_labels(labels)
     return labels
 
@@ -149,8 +168,8 @@ def _parents(path: str) -> list[str]:
 
 
 def skeleton_of(params: optax.Params) -> Any:
-    """The containers of the parameters, with None for each leaf."""
-    return jax.tree.map(lambda _: None, params, is_leaf=is_box)
+    """The containers of the parameters, with an empty tuple for each leaf."""
+    return jax.tree.map(lambda _: (), params, is_leaf=is_box)
 
 
 def check_skeleton(updates: optax.Updates, skeleton: Any) -> None:
@@ -159,7 +178,15 @@ def check_skeleton(updates: optax.Updates, skeleton: Any) -> None:
     same: Any = jax.tree.structure(skeleton)
     if jax.tree.structure(now) == same:
         return
-    before, after = (set(paths_of(tree, holes=True)) for tree in (skeleton, now))
+
+    def leaves_of(tree: Any) -> set[str]:
+        def is_empty(node: Any) -> bool:
+            return type(node) is tuple and not node
+
+        paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_empty)
+        return {keystr(path, simple=True, separator="/") for path, _ in paths}
+
+    before, after = leaves_of(skeleton), leaves_of(now)
     reasons = [
         *([f"without {listed(sorted(before - after))}"] if before - after else []),
         *([f"with {listed(sorted(after - before))} anew"] if after - before else []),
@@ -191,6 +218,11 @@ def _regex(name: str, pattern: Any) -> re.Pattern[str]:
         raise ValueError(
             f"`{name}` must be a regular expression, got {pattern!r}: {error}."
         ) from None
+
+
+def _regexes(name: str, patterns: Any) -> list[re.Pattern[str]]:
+    one = isinstance(patterns, str) or not isinstance(patterns, Iterable)
+    return [_regex(name, pattern) for pattern in ([patterns] if one else patterns)]
 
 
 def label_by_path(
@@ -234,6 +266,10 @@ def label_by_path(
       <https://github.com/google-research/big_vision>`_, 2022: rules of this form.
     """
     _checks.choice("unmatched_rules", unmatched_rules, ("error", "warn"))
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise TypeError(
+            f"`rules` must be pairs of an expression and a label, got {rules!r}."
+        )
     rules = list(rules)
     _checks.require(bool(rules), "rules", "at least one pair", rules)
     for rule in rules:
@@ -242,7 +278,7 @@ def label_by_path(
                 f"`rules` must be pairs of an expression and a label, got {rule!r}."
             )
     patterns = [_regex("rules", pattern) for pattern, _ in rules]
-    check_labels(label for _, label in rules)
+    check_labels((label for _, label in rules), "rules")
 
     def label_fn(params: optax.Params) -> Labels:
         used, uncovered = set(), []
@@ -374,10 +410,7 @@ def label_by_depth(
     if number is not None:
         rule = "a regular expression with a group for the number"
         _checks.require(number.groups > 0, "pattern", rule, repr(pattern))
-    named = {
-        "stem": [_regex("stem", p) for p in ([stem] if _is_regex(stem) else stem)],
-        "head": [_regex("head", p) for p in ([head] if _is_regex(head) else head)],
-    }
+    named = {"stem": _regexes("stem", stem), "head": _regexes("head", head)}
 
     def place(path: str) -> tuple[str, int, str] | None:
         """Where a path belongs, its number, and what stands before the number."""
@@ -424,10 +457,6 @@ def label_by_depth(
         return map_with_paths(depth, params, holes=True)
 
     return label_fn
-
-
-def _is_regex(value: Any) -> bool:
-    return isinstance(value, str | re.Pattern)
 
 
 def _warn_of_separate_counts(places: Iterable[tuple[str, int, str]]) -> None:

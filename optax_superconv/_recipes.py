@@ -319,7 +319,8 @@ def fine_tune_adamw(
         1. Under ``optax.MultiSteps`` an optimizer step is one that is emitted.
       param_labels: Integers that rise from the input to the output, as a tree of
         labels, a prefix of one, or a function ``params -> labels``:
-        :func:`label_by_depth`, or ``label_by_path([("head/.*", 1), (".*", 0)])``.
+        :func:`label_by_depth`, or ``label_by_path([("head/.*", 1), (".*", 0)])``. The
+        last group is that of the labels in sight, where ``optax.masked`` hides some.
       decay: Factor :math:`d` per group, in (0, 1]; ULMFiT's is 1 / 2.6, vision
         transformers use 0.65 to 0.9.
       min_multiplier: :math:`m_{\min}`, in [0, 1].
@@ -421,26 +422,21 @@ def fine_tune_adamw(
             _decay(of_run(weight_decay), weight_decay_mask),
         )
 
+    adamw_from(0)  # Checks its arguments where the optimizer is built.
+
     def thaw_steps(labels: list[Any]) -> dict[Any, int]:
         return {k: 0 if k == labels[-1] else freeze_steps for k in labels}
 
-    def multipliers(labels: list[Any]) -> dict[Any, optax.ScalarOrSchedule]:
+    def multipliers(labels: list[Any]) -> dict[Any, Any]:
         if any(isinstance(label, str) for label in labels):
             raise ValueError(
                 "`param_labels` must give integers that rise from the input to the "
                 f"output, got {labels}, which have no such order."
             )
-        constant = layerwise_multipliers(labels, decay, min_multiplier=min_multiplier)
-        if freeze_steps == 0:
-            return constant
-
-        def thawing(multiplier: Any) -> optax.Schedule:
-            return lambda count: jnp.where(count < freeze_steps, 0.0, multiplier)
-
-        return {k: m if k == labels[-1] else thawing(m) for k, m in constant.items()}
+        return layerwise_multipliers(labels, decay, min_multiplier=min_multiplier)
 
     return optax.chain(
-        unfreezing(adamw_from, thaw_steps, param_labels)
+        unfreezing(adamw_from, thaw_steps, param_labels, keeps_zeros=True)
         if freeze_steps
         else adamw_from(0),
         scale_by_group(multipliers, param_labels),

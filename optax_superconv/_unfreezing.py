@@ -41,7 +41,7 @@ class GradualUnfreezingState(NamedTuple):
     """State of :func:`gradual_unfreezing`."""
 
     count: jax.Array  # type: ignore[assignment]  # (), int32
-    skeleton: Any  # the containers of the parameters, None for each leaf
+    skeleton: Any  # the containers of the parameters, () for each leaf
     frozen: jax.Array  # (distinct thaw steps,), bool; in the next update
     groups: tuple[GroupState, ...]  # one per distinct thaw step
 
@@ -59,8 +59,9 @@ def gradual_unfreezing(
     There is one state of ``inner`` per distinct thaw step, of constant structure:
     nothing is traced again at a thaw, and a checkpoint of any step loads.
 
-    A frozen leaf keeps its bits whatever stands before this or inside ``inner``, so put
-    all that adds to the updates there, weight decay above all, and never after it.
+    A frozen leaf keeps its bits (but for the sign of a zero) whatever stands before
+    this or inside ``inner``, so put all that adds to the updates there, weight decay
+    above all, and never after it.
     A rate that follows the run stands after: ``chain(gradual_unfreezing(chain(
     scale_by_scheduled_adam(...), add_decayed_weights(...)), ...),
     scale_by_learning_rate(schedule))``. Clipping by the global norm belongs before;
@@ -78,8 +79,8 @@ def gradual_unfreezing(
 
     Returns:
       The transformation. :func:`frozen_labels` tells what is frozen;
-      :func:`read_hyperparams` reads what ``inner`` records as ``name/<label>``, until a
-      group's thaw its values at step 0.
+      :func:`read_hyperparams` reads what ``inner`` records as ``name/<label>``: until a
+      group's thaw a learning rate of 0, and of all else the value at step 0.
 
     Raises:
       ValueError: If a thaw step is negative; at ``init`` and ``update``, if a label has
@@ -122,8 +123,16 @@ def unfreezing(
     make_inner: Callable[[int], optax.GradientTransformation],
     thaw_steps: Mapping[Any, int | None] | Callable[[list[Any]], Any],
     param_labels: Labels | LabelFn,
+    *,
+    keeps_zeros: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """:func:`gradual_unfreezing` with an inner optimizer that knows its thaw step."""
+    """:func:`gradual_unfreezing` with an inner optimizer that knows its thaw step.
+
+    ``keeps_zeros`` says that the arrays of its state stay 0 under gradients of 0, as
+    Adam's moments do. Then frozen gradients are set to 0 and moments need not be held:
+    if they were, the update could not use those that are stored, and the compiled
+    program would compute every moment twice.
+    """
     if not is_function(thaw_steps):
         _check_thaw_steps(thaw_steps)
 
@@ -133,7 +142,7 @@ def unfreezing(
         if isinstance(thaw_steps, Mapping):
             steps = dict(thaw_steps)
         else:
-            steps = thaw_steps(check_labels(labels))
+            steps = thaw_steps(check_labels(labels)) if labels else {}
         unknown = [label for label in check_labels(labels) if label not in steps]
         if unknown:
             raise ValueError(
@@ -157,7 +166,8 @@ def unfreezing(
         )
 
     def frozen_at(count: jax.Array, order: list[int | None]) -> jax.Array:
-        return jnp.stack([jnp.array(True) if s is None else count < s for s in order])
+        flags = [jnp.array(True) if s is None else count < s for s in order]
+        return jnp.stack(flags) if flags else jnp.zeros(0, bool)
 
     def init_fn(params: optax.Params) -> GradualUnfreezingState:
         thaws, by_label = thaws_of(params)
@@ -175,7 +185,8 @@ def unfreezing(
                     part(params, thaws, step) if thaws else params
                 )
             )
-            groups.append(GroupState(labels, inner_state))
+            frozen = jnp.array(step is None or step > 0)
+            groups.append(GroupState(labels, frozen, inner_state))
         return GradualUnfreezingState(
             count, skeleton_of(params), frozen_at(count, order), tuple(groups)
         )
@@ -200,25 +211,25 @@ def unfreezing(
                 groups.append(group)
                 continue
             inner = optax.with_extra_args_support(make_inner(step))
+            thawed = state.count >= step
+            my_updates = part(updates, thaws, step)
+            if step > 0 and keeps_zeros:
+                my_updates = _or_zeros(thawed, my_updates)
             new_updates, inner_state = inner.update(
-                part(updates, thaws, step),
+                my_updates,
                 group.inner_state,
                 None if params is None else part(params, thaws, step),
                 **extra_args,
             )
             if step > 0:
-                thawed = state.count >= step
-                new_updates = jax.tree.map(
-                    lambda new, thawed=thawed: _choose(
-                        thawed, new, jnp.zeros_like(new)
-                    ),
-                    new_updates,
+                new_updates = _or_zeros(thawed, new_updates)
+                inner_state = _choose_state(
+                    thawed, inner_state, group.inner_state, keeps_zeros
                 )
-                inner_state = _choose_state(thawed, inner_state, group.inner_state)
             new = jax.tree.leaves(new_updates, is_leaf=is_box)
             for k, leaf in zip(mine, new, strict=True):
                 new_leaves[k] = leaf
-            groups.append(GroupState(group.labels, inner_state))
+            groups.append(GroupState(group.labels, ~thawed, inner_state))
         count = optax.safe_increment(state.count)
         return jax.tree.unflatten(treedef, new_leaves), GradualUnfreezingState(
             count, state.skeleton, frozen_at(count, order), tuple(groups)
@@ -236,7 +247,7 @@ def _check_thaw_steps(thaw_steps: Any) -> None:
     _checks.require(
         bool(thaw_steps), "thaw_steps", "a dict of at least one label", "{}"
     )
-    check_labels(thaw_steps)
+    check_labels(thaw_steps, "thaw_steps")
     for label, step in thaw_steps.items():
         if step is not None:
             _checks.steps(f"thaw_steps[{label!r}]", step)
@@ -256,7 +267,11 @@ def _choose(condition: jax.Array, new: Any, old: Any) -> jax.Array:
     return jax.lax.select(condition, new, old)
 
 
-def _choose_state(condition: jax.Array, new: Any, old: Any) -> Any:
+def _or_zeros(condition: jax.Array, updates: optax.Updates) -> optax.Updates:
+    return jax.tree.map(lambda u: _choose(condition, u, jnp.zeros_like(u)), updates)
+
+
+def _choose_state(condition: jax.Array, new: Any, old: Any, scalars_only: bool) -> Any:
     """``new`` if ``condition`` else ``old``; of records always ``new``.
 
     A frozen state stands at its step 0, and so do its records in ``new``. As outputs of
@@ -267,7 +282,9 @@ def _choose_state(condition: jax.Array, new: Any, old: Any) -> Any:
         return isinstance(node, AppliedHyperparams | AppliedMultipliers)
 
     def choose(new: Any, old: Any) -> Any:
-        return new if is_record(new) else _choose(condition, new, old)
+        if is_record(new) or (scalars_only and jnp.ndim(new) > 0):
+            return new
+        return _choose(condition, new, old)
 
     return jax.tree.map(choose, new, old, is_leaf=is_record)
 

@@ -156,6 +156,12 @@ def growing_decay(count):
     return 0.01 * (1 + count / 2)
 
 
+THAW = 4
+by_name = osc.label_by_path([("kernel", 0), ("bias", 1)])
+# Of what it is given, the recipe takes the last group for the head, so under
+# optax.masked the kernel must be that.
+head_is_kernel = osc.label_by_path([("kernel", 1), ("bias", 0)])
+
 TRANSFORMS = [
     Transform(
         "scale_by_learning_rate",
@@ -241,6 +247,86 @@ TRANSFORMS = [
             osc.onecycle_adamw,
             {"peak_learning_rate": 0.1, "total_steps": TOTAL},
             ("total_steps",),
+        ),
+    ),
+    Transform(
+        "scale_by_group",
+        lambda value: optax.chain(
+            osc.scale_by_group({0: lambda t: value * moving(t), 1: 2.0}, by_name),
+            osc.scale_by_learning_rate(0.1),
+        ),
+        1.0,
+        ("learning_rate", "learning_rate/0", "learning_rate/1"),
+        lambda p, g: reference.sgd(
+            p,
+            g,
+            (lambda t: 0.1 * moving(t)) if p.ndim > 1 else _constant(0.2),
+            _constant(0.0),
+        ),
+        (
+            osc.scale_by_group,
+            {"multipliers": {0: 0.1, 1: 1.0}, "param_labels": by_name},
+            ("param_labels",),
+        ),
+    ),
+    Transform(
+        "gradual_unfreezing",
+        lambda value: osc.gradual_unfreezing(
+            optax.chain(
+                osc.scheduled_trace(moving),
+                osc.scale_by_learning_rate(lambda t: value * linear_rate(t)),
+            ),
+            {0: THAW, 1: 0},
+            by_name,
+        ),
+        1.0,
+        ("momentum/1", "learning_rate/1", "momentum/0", "learning_rate/0"),
+        lambda p, g: reference.thawing(
+            p,
+            g,
+            THAW if p.ndim > 1 else 0,
+            lambda p, g, _: reference.sgd(p, g, linear_rate, moving),
+        ),
+        (
+            osc.gradual_unfreezing,
+            {"inner": optax.sgd(0.1), "thaw_steps": {0: 2, 1: 0}}
+            | {"param_labels": by_name},
+            ("inner", "thaw_steps", "param_labels"),
+        ),
+    ),
+    Transform(
+        "fine_tune_adamw",
+        lambda value: osc.fine_tune_adamw(
+            value,
+            TOTAL,
+            head_is_kernel,
+            decay=0.5,
+            freeze_steps=THAW,
+            warmup_steps=6,
+            weight_decay=0.1,
+            weight_decay_mask=None,
+        ),
+        0.1,
+        (
+            *("b1/1", "weight_decay/1", "b1/0", "weight_decay/0"),
+            *("learning_rate", "learning_rate/0", "learning_rate/1"),
+        ),
+        lambda p, g: reference.fine_tune(
+            p,
+            g,
+            0.1,
+            TOTAL,
+            THAW,
+            6,
+            multiplier=1.0 if p.ndim > 1 else 0.5,
+            thaw=0 if p.ndim > 1 else THAW,
+            decay=0.1,
+        ),
+        (
+            osc.fine_tune_adamw,
+            {"peak_learning_rate": 0.1, "total_steps": TOTAL, "freeze_steps": 2}
+            | {"param_labels": head_is_kernel},
+            ("total_steps", "freeze_steps", "param_labels"),
         ),
     ),
 ]

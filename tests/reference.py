@@ -167,6 +167,81 @@ def adamw(params, grads, lr, b1, b2, eps=1e-8, decay=None, nesterov=False):
     return np.stack(history)
 
 
+# --- groups of parameters ------------------------------------------------------------
+
+# scale_i = decay ** (13 - i) of timm's ViT-B (12 blocks, stem and head), to 6 digits.
+LAYER_DECAY = {
+    0.75: (
+        0.0237573, 0.0316764, 0.0422351, 0.0563135, 0.0750847, 0.100113, 0.133484,
+        0.177979, 0.237305, 0.316406, 0.421875, 0.5625, 0.75, 1.0,
+    ),
+    0.65: (
+        0.00369720, 0.00568800, 0.00875077, 0.0134627, 0.0207119, 0.0318644, 0.0490222,
+        0.0754189, 0.116029, 0.178506, 0.274625, 0.4225, 0.65, 1.0,
+    ),
+}  # fmt: skip
+
+
+def layer_decay(groups, decay, least=0.0):
+    """Howard and Ruder (2018), section 3.2: each group a factor below the next."""
+    scales = [1.0]
+    while len(scales) < groups:
+        scales.insert(0, scales[0] * decay)
+    return [max(scale, least) for scale in scales]
+
+
+def fastai_slice(start, stop, groups):
+    """Fastai's rates of ``slice(start, stop)``: ``even_mults``, or a tenth."""
+    if start is None:
+        return [stop / 10] * (groups - 1) + [stop]
+    if groups == 1:
+        return [stop]
+    step = (stop / start) ** (1 / (groups - 1))
+    return [start * step**i for i in range(groups)]
+
+
+def thawing(params, grads, thaw, train):
+    """Nothing for ``thaw`` steps, and then ``train(params, grads, thaw)``."""
+    still = np.repeat(params[None], min(thaw, len(grads)), axis=0)
+    if thaw >= len(grads):
+        return still
+    return np.concatenate([still, train(params, grads[thaw:], thaw)])
+
+
+def fine_tune_dial(count, low, high, total, freeze, warmup, end):
+    """Once up over the frozen steps, then a cycle over what is left."""
+    if count < freeze:
+        return cosine(low, high, count / freeze)
+    return onecycle(count - freeze, high, total - freeze, warmup, low, end, 0, "cosine")
+
+
+def fine_tune(
+    params, grads, peak, total, freeze, warmup, *, multiplier, thaw, decay=0.0
+):  # fmt: skip
+    """The head (thaw 0) or another group of a network that is fine-tuned by AdamW.
+
+    The moments of a group begin at its thaw, its rate and b1 follow the run.
+    """
+
+    def rate(count):
+        return fine_tune_dial(count, peak / 25, peak, total, freeze, warmup, 0.0)
+
+    def b1(count):
+        return fine_tune_dial(count, 0.95, 0.85, total, freeze, warmup, 0.95)
+
+    def train(params, grads, begin):
+        return adamw(
+            params,
+            grads,
+            lambda t: multiplier * rate(t + begin),
+            lambda t: b1(t + begin),
+            lambda t: 0.99,
+            decay=lambda t: decay,
+        )
+
+    return thawing(params, grads, thaw, train)
+
+
 # --- range test ----------------------------------------------------------------------
 
 

@@ -25,6 +25,17 @@ def suggest(**options):
     return osc.suggest_learning_rate(CURVE, **options)
 
 
+LABELS = {"a": 0, "b": 1}
+
+
+def unfreeze(thaw_steps):
+    return osc.gradual_unfreezing(optax.sgd(0.1), thaw_steps, LABELS)
+
+
+def fine_tune(total_steps=10, **options):
+    return osc.fine_tune_adamw(options.pop("peak", 0.1), total_steps, LABELS, **options)
+
+
 BAD_VALUES = [
     # call, argument, rule, value
     (lambda: osc.onecycle_schedule(1.0, 0), "total_steps", "at least 1", "0"),
@@ -319,6 +330,117 @@ BAD_VALUES = [
         "at least one",
         "none",
     ),
+    (lambda: osc.label_by_path([]), "rules", "at least one pair", "[]"),
+    (lambda: osc.label_by_path([("(", 0)]), "rules", "a regular expression", "'('"),
+    (
+        lambda: osc.label_by_path([("a", 0)], unmatched_rules="ignore"),
+        "unmatched_rules",
+        "one of 'error', 'warn'",
+        "'ignore'",
+    ),
+    (
+        lambda: osc.label_by_depth(final_norm="stem"),
+        "final_norm",
+        "one of 'last_block', 'head'",
+        "'stem'",
+    ),
+    (lambda: osc.label_by_depth(r"\d+"), "pattern", "with a group", r"'\\d+'"),
+    (lambda: osc.label_by_depth(stem="("), "stem", "a regular expression", "'('"),
+    (lambda: osc.label_by_depth(head=["("]), "head", "a regular expression", "'('"),
+    (
+        lambda: osc.layerwise_multipliers(range(3), 0.0),
+        "decay",
+        "above 0 and at most 1",
+        "0.0",
+    ),
+    (lambda: osc.layerwise_multipliers(range(3), 1.5), "decay", "at most 1", "1.5"),
+    (lambda: osc.layerwise_multipliers(range(3), np.nan), "decay", "at most 1", "nan"),
+    (
+        lambda: osc.layerwise_multipliers(range(3), 0.5, min_multiplier=-0.1),
+        "min_multiplier",
+        "at least 0 and at most 1",
+        "-0.1",
+    ),
+    (lambda: osc.layerwise_multipliers([], 0.5), "labels", "at least one label", "[]"),
+    (lambda: osc.layerwise_multipliers(None, 0.5), "labels", "at least one", "None"),
+    (
+        lambda: osc.geometric_multipliers(range(3), 0.0),
+        "lowest",
+        "above 0",
+        "0.0",
+    ),
+    (
+        lambda: osc.geometric_multipliers(range(3), 2.0),
+        "lowest",
+        "at most `highest` (1.0)",
+        "2.0",
+    ),
+    (
+        lambda: osc.geometric_multipliers(range(3), None, -1.0),
+        "highest",
+        "above 0",
+        "-1.0",
+    ),
+    (
+        lambda: osc.scale_by_group({}, LABELS),
+        "multipliers",
+        "a dict of at least one label",
+        "{}",
+    ),
+    (
+        lambda: osc.scale_by_group({0: 1.0, 1: -2.0}, LABELS),
+        "multipliers[1]",
+        "finite and at least 0",
+        "-2.0",
+    ),
+    (
+        lambda: osc.scale_by_group({"a": np.inf}, LABELS),
+        "multipliers['a']",
+        "finite",
+        "inf",
+    ),
+    (lambda: unfreeze({}), "thaw_steps", "a dict of at least one label", "{}"),
+    (lambda: unfreeze({0: 1, 1: -3}), "thaw_steps[1]", "at least 0", "-3"),
+    (lambda: unfreeze({0: 2**31}), "thaw_steps[0]", "at most 2147483647", "2147483648"),
+    (lambda: fine_tune(0), "total_steps", "at least 1", "0"),
+    (
+        lambda: fine_tune(freeze_steps=10),
+        "freeze_steps",
+        "below `total_steps` (10)",
+        "10",
+    ),
+    (lambda: fine_tune(freeze_steps=-1), "freeze_steps", "at least 0", "-1"),
+    (lambda: fine_tune(decay=0.0), "decay", "above 0 and at most 1", "0.0"),
+    (lambda: fine_tune(min_multiplier=2.0), "min_multiplier", "at most 1", "2.0"),
+    (lambda: fine_tune(peak=-0.1), "peak_learning_rate", "at least 0", "-0.1"),
+    (
+        lambda: fine_tune(init_learning_rate=0.2),
+        "init_learning_rate",
+        "at most `peak_learning_rate` (0.1)",
+        "0.2",
+    ),
+    (lambda: fine_tune(max_b1=1.0), "max_b1", "less than 1", "1.0"),
+    (lambda: fine_tune(weight_decay=-1.0), "weight_decay", "at least 0", "-1.0"),
+    (
+        lambda: fine_tune(weight_decay=-1.0, freeze_steps=3),
+        "weight_decay",
+        "at least 0",
+        "-1.0",
+    ),
+    (lambda: fine_tune(b2=1.0, freeze_steps=3), "b2", "less than 1", "1.0"),
+    (lambda: fine_tune(eps=-1.0, freeze_steps=3), "eps", "at least 0", "-1.0"),
+    (
+        lambda: fine_tune(weight_decay_mask="kernels", freeze_steps=3),
+        "weight_decay_mask",
+        "one of 'matrices'",
+        "'kernels'",
+    ),
+    (
+        lambda: fine_tune(freeze_steps=6, warmup_steps=4),
+        "warmup_steps",
+        "at least 0 and less than `total_steps`",
+        "4",
+    ),
 ]
 
 
@@ -368,6 +490,31 @@ BAD_TYPES = [
     (lambda: suggest(method=3), "method", "int"),
     (lambda: osc.plotting.plot_schedule(0.1, 10), "schedule_or_mapping", "float"),
     (lambda: osc.plotting.plot_range_test(0.1), "result", "float"),
+    (lambda: osc.label_by_path(["ab"]), "rules", "'ab'"),
+    (lambda: osc.label_by_path([(3, 0)]), "rules", "int"),
+    (lambda: osc.label_by_path([("a", 0)], unmatched_rules=None), "unmatched", "None"),
+    (lambda: osc.label_by_depth(3), "pattern", "int"),
+    (lambda: osc.label_by_depth(stem=[3]), "stem", "int"),
+    (lambda: osc.label_by_depth(final_norm=1), "final_norm", "int"),
+    (lambda: osc.layerwise_multipliers(range(3), "x"), "decay", "str"),
+    (lambda: osc.layerwise_multipliers(range(3), None), "decay", "NoneType"),
+    (lambda: osc.layerwise_multipliers(range(3), np.ones(2)), "decay", "array"),
+    (lambda: osc.layerwise_multipliers(len, 0.5), "labels", "function"),
+    (lambda: osc.geometric_multipliers(range(3), "x"), "lowest", "str"),
+    (lambda: osc.geometric_multipliers(range(3), 0.1, None), "highest", "NoneType"),
+    (lambda: osc.geometric_multipliers(range(3), np.ones(2)), "lowest", "array"),
+    (lambda: osc.scale_by_group([1.0], LABELS), "multipliers", "[1.0]"),
+    (lambda: osc.scale_by_group({0: "x"}, LABELS), "multipliers[0]", "str"),
+    (lambda: osc.scale_by_group({0: None}, LABELS), "multipliers[0]", "NoneType"),
+    (lambda: osc.gradual_unfreezing(3, {0: 1}, LABELS), "inner", "int"),
+    (lambda: unfreeze([1]), "thaw_steps", "list"),
+    (lambda: unfreeze({0: 1.5}), "thaw_steps[0]", "float"),
+    (lambda: unfreeze({0: True}), "thaw_steps[0]", "bool"),
+    (lambda: unfreeze({0: "1"}), "thaw_steps[0]", "str"),
+    (lambda: fine_tune(10.0), "total_steps", "float"),
+    (lambda: fine_tune(freeze_steps=2.0), "freeze_steps", "float"),
+    (lambda: fine_tune(freeze_steps=None), "freeze_steps", "NoneType"),
+    (lambda: fine_tune(decay="x"), "decay", "str"),
 ]
 
 

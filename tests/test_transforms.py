@@ -201,8 +201,7 @@ def test_wrappers_change_nothing_for_what_they_pass_on(case, wrapper):
         ),
         "apply_if_finite": lambda: optax.apply_if_finite(tx, 3),
     }[wrapper]()
-    kernel = {"kernel": params["kernel"]}
-    alone, _ = train(tx, kernel, {"kernel": grads["kernel"]})
+    alone, _ = train(tx, params, grads)
     inside, _ = train(wrapped, params, grads)
     chex.assert_trees_all_close(inside["kernel"], alone["kernel"], rtol=1e-5, atol=1e-6)
 
