@@ -120,13 +120,7 @@ def make_tx(
     head = num_groups - 1
     if arm.unfreezing == "gradual":
         thaws = {k: (head - k) * (num_steps // 10) for k in range(num_groups)}
-        optimizer = optax.partition(
-            {
-                k: osc.gradual_unfreezing(adamw_from(step), {k: step}, groups)
-                for k, step in thaws.items()
-            },
-            groups,
-        )
+        optimizer = osc.gradual_unfreezing(adamw_from, thaws, groups)
     elif arm.unfreezing == "never":
         never: dict[int, int | None] = dict.fromkeys(range(head))
         optimizer = osc.gradual_unfreezing(adamw_from(0), never | {head: 0}, groups)

@@ -47,7 +47,7 @@ class GradualUnfreezingState(NamedTuple):
 
 
 def gradual_unfreezing(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | Callable[[int], optax.GradientTransformation],
     thaw_steps: Mapping[Any, int | None],
     param_labels: Labels | LabelFn,
 ) -> optax.GradientTransformationExtraArgs:
@@ -71,7 +71,9 @@ def gradual_unfreezing(
     evaluation mode.
 
     Args:
-      inner: The optimizer of each group, or its part up to the learning rate.
+      inner: The optimizer of each group, or its part up to the learning rate. Or a
+        function of the thaw step that makes it, where schedules are to follow the run:
+        ``lambda step: scale_by_scheduled_adam(lambda count: b1(count + step))``.
       thaw_steps: A dict from label to the step of the first update, 0 for at once, None
         for never. A group that never thaws has no memory of its own.
       param_labels: A tree of labels, a prefix of one, or a function
@@ -111,12 +113,26 @@ def gradual_unfreezing(
       Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.3.
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+    if not _is_transformation(inner) and not callable(inner):
         raise TypeError(
-            f"`inner` must be a gradient transformation, got {inner!r} of type "
-            f"{type(inner).__name__}."
+            "`inner` must be a gradient transformation or a function that makes one, "
+            f"got {inner!r} of type {type(inner).__name__}."
         )
-    return unfreezing(lambda thaw_step: inner, thaw_steps, param_labels)
+
+    def make_inner(step: int) -> optax.GradientTransformation:
+        made = inner if _is_transformation(inner) else inner(step)
+        if not _is_transformation(made):
+            raise TypeError(
+                f"`inner` must make a gradient transformation, got {made!r} of type "
+                f"{type(made).__name__}."
+            )
+        return made
+
+    return unfreezing(make_inner, thaw_steps, param_labels)
+
+
+def _is_transformation(value: Any) -> bool:
+    return hasattr(value, "init") and hasattr(value, "update")
 
 
 def unfreezing(

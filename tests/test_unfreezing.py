@@ -459,6 +459,24 @@ def test_until_the_thaw_the_rate_is_zero_and_other_records_are_of_step_zero():
     }  # fmt: skip
 
 
+def test_a_function_of_the_thaw_step_makes_schedules_follow_the_run():
+    params, made = make_params(), []
+
+    def rate_from(step):
+        made.append(step)
+        return osc.scale_by_learning_rate(lambda count: 1.0 + count + step)
+
+    tx = osc.gradual_unfreezing(rate_from, THAWS, by_path)
+    state = tx.init(params)
+    for t in range(7):
+        _, state = tx.update(params, state, params)
+        rates = osc.read_hyperparams(state)
+        for label, thaw in THAWS.items():
+            expected = 0 if thaw is None or t < thaw else 1 + t
+            assert rates.get(f"learning_rate/{label}", 0) == expected
+    assert set(made) == {step for step in THAWS.values() if step is not None}
+
+
 # --- in other frames ------------------------------------------------------------------
 
 
