@@ -26,10 +26,13 @@ check: lint types test
 # suggestions half an hour: make bench-quality DATA=path/to/cifar10
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
+	$(BIN)/python benchmarks/groups.py --out benchmarks/results
 	$(BIN)/python benchmarks/harness.py
 
 bench-quality: .venv/dev.stamp
 	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results \
+	    $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/transfer.py --out benchmarks/results \
 	    $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/harness.py
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
@@ -248,7 +249,6 @@ def test_partition_sees_the_labels_of_boxed_linen_parameters():
 
 
 def test_haiku_networks_have_paths_of_modules_and_names():
-    hk = pytest.importorskip("haiku")
     network = hk.transform(lambda x: hk.nets.MLP([3, 2])(x))
     params = network.init(jax.random.key(0), jnp.ones((1, 4)))
     label = osc.label_by_path([("mlp/~/linear_1/.*", "head"), (".*", "body")])
