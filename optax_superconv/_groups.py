@@ -1,7 +1,7 @@
 r"""Which rate for which parameter?
 
 One optimizer for all parameters, then a factor per group: :math:`u_i = m_{l(i)} u_i`.
-It costs one multiplication per leaf. Known special cases are choices of the factors:
+Known special cases are choices of the factors:
 
 * discriminative fine-tuning and layer-wise decay: :math:`m_l = d^{\,L-1-l}` of L groups
   from the input to the output, with :math:`d = 1/2.6` in ULMFiT and 0.65 to 0.9 for
@@ -214,7 +214,7 @@ def scale_by_group(
     Args:
       multipliers: A dict from label to a number at least 0 or a schedule
         ``count -> number``, as :func:`layerwise_multipliers` makes. Or a function of
-        the sorted labels that makes it, such as
+        the labels (a sorted list of integers, or a set of names) that makes it, such as
         ``functools.partial(layerwise_multipliers, decay=0.75)``. (It is given the
         labels that it can see, where ``optax.masked`` hides parameters.)
       param_labels: A tree of labels, a prefix of one, or a function
@@ -255,20 +255,22 @@ def scale_by_group(
     """
     if not is_function(multipliers):
         _check_multipliers(multipliers)
+        multipliers = dict(multipliers)  # type: ignore[arg-type]
 
     def values_at(by_label: Mapping[Any, Any], count: jax.Array) -> dict[Any, Any]:
         return {k: value_at(by_label[k], count) for k in sorted(by_label)}
 
-    def record(values: dict[Any, Any]) -> AppliedMultipliers:
-        vector = jnp.stack(list(values.values())) if values else jnp.zeros(0)
-        return AppliedMultipliers(names_of(values), vector)
+    def record(values: dict[Any, Any], params: Any) -> AppliedMultipliers:
+        if not values:  # optax.tree.map_params knows its placeholder by what it holds.
+            return AppliedMultipliers(params, jnp.zeros(0))
+        return AppliedMultipliers(names_of(values), jnp.stack(list(values.values())))
 
     def init_fn(params: optax.Params) -> ScaleByGroupState:
         labels = labels_of(param_labels, params)
         by_label = _multipliers_of(multipliers, labels, params)
         count = jnp.zeros([], jnp.int32)
         return ScaleByGroupState(
-            count, skeleton_of(params), record(values_at(by_label, count))
+            count, skeleton_of(params), record(values_at(by_label, count), params)
         )
 
     def update_fn(
@@ -295,7 +297,7 @@ def scale_by_group(
 
         scaled_leaves = map(scaled, labels, leaves)
         return jax.tree.unflatten(treedef, scaled_leaves), ScaleByGroupState(
-            optax.safe_increment(state.count), state.skeleton, record(values)
+            optax.safe_increment(state.count), state.skeleton, record(values, updates)
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -338,7 +340,9 @@ def _multipliers_of(multipliers: Any, labels: list[Any], params: Any) -> dict[An
     if is_function(multipliers):
         if not labels:
             return {}
-        multipliers = multipliers(check_labels(labels))
+        known = check_labels(labels)
+        # Names have no order: a set of them is refused by what would need one.
+        multipliers = multipliers(set(known) if isinstance(known[0], str) else known)
         _check_multipliers(multipliers)
     by_label: dict[Any, str] = {}
     for path, label in zip(paths_of(params), labels, strict=True):

@@ -7,7 +7,8 @@ the parameters, and one call finds all records in any optimizer state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -182,34 +183,104 @@ def add_decayed_weights(
 
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-_KNOWN = (
-    AppliedHyperparams,
-    AppliedMultipliers,
-    GroupState,
-    optax.PartitionState,
-    *_INJECTED,
-)
 
 
-def _find_applied(tree: Any, suffix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Name, suffix and value of every record, and the records of groups themselves."""
-    for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _KNOWN)):
-        if isinstance(node, AppliedHyperparams):
-            yield from ((name, suffix, value) for name, value in node.values.items())
-        elif isinstance(node, AppliedMultipliers):
-            yield "", suffix, node
-        elif isinstance(node, GroupState):
-            yield "", suffix, node
-            for label in node.labels:
-                yield from _find_applied(node.inner_state, f"{suffix}/{label}")
-        elif isinstance(node, _INJECTED):
-            yield from (
-                (name, suffix, value) for name, value in node.hyperparams.items()
-            )
-            yield from _find_applied(node.inner_state, suffix)
-        elif isinstance(node, optax.PartitionState):
-            for label, inner_state in node.inner_states.items():
-                yield from _find_applied(inner_state, f"{suffix}/{label}")
+class _Found(NamedTuple):
+    """What a part of a state holds; a suffix says for which group, ``"/label"``."""
+
+    entries: Sequence[tuple[str, str, jax.Array]] = ()  # name, suffix, value
+    # Suffix, label of the group that has this state, record: not yet met a rate.
+    multipliers: Sequence[tuple[str, Any, AppliedMultipliers]] = ()
+    frozen: Sequence[tuple[str, jax.Array]] = ()  # suffix, flag: not yet met a rate
+
+
+def _find(node: Any, suffix: str = "", group: Any = None) -> _Found:
+    """All records at any depth; a factor meets the rate of the nearest chain around."""
+    if isinstance(node, AppliedHyperparams):
+        return _Found([(k, suffix, _array(v)) for k, v in node.values.items()])
+    if isinstance(node, AppliedMultipliers):
+        return _Found([], [(suffix, group, node)])
+    if isinstance(node, optax.PartitionState):
+        states = node.inner_states.items()
+        return _merge([_find(state, f"{suffix}/{k}") for k, state in states])
+    if isinstance(node, GroupState):
+        inside = _merge(
+            [_find(node.inner_state, f"{suffix}/{k}", k) for k in node.labels]
+        )
+        flags = [(f"{suffix}/{k}", _array(node.frozen)) for k in node.labels]
+        return _Found(_freeze(inside.entries, flags)[0], inside.multipliers, flags)
+    children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+    if isinstance(node, _INJECTED):
+        children = [AppliedHyperparams(dict(node.hyperparams)), node.inner_state]
+    if len(children) == 1 and children[0] is node:
+        return _Found()
+    return _settle(_merge([_find(child, suffix, group) for child in children]))
+
+
+def _merge(parts: list[_Found]) -> _Found:
+    fields = zip(*parts, strict=True)
+    return _Found(*(list(itertools.chain(*lists)) for lists in fields))
+
+
+def _settle(found: _Found) -> _Found:
+    """Factors times the rates that they meet here, and 0 for those of frozen groups."""
+    entries, waiting = list(found.entries), []
+    for suffix, group, record in found.multipliers:
+        rates = [(at, rate) for name, at, rate in entries if name == "learning_rate"]
+        # The rates of the same group or of one around it.
+        around = [rate for at, rate in rates if f"{suffix}/".startswith(f"{at}/")]
+        factors = _factors(suffix, group, record)
+        if not around and not {at for at, _ in rates} & set(factors):
+            waiting.append((suffix, group, record))
+            continue
+        for at, factor in factors.items():
+            if any(at == of for of, _ in rates):
+                entries = [
+                    (name, of, value * factor)
+                    if (name, of) == ("learning_rate", at)
+                    else (name, of, value)
+                    for name, of, value in entries
+                ]
+            elif around:
+                entries = [
+                    *entries,
+                    *(("learning_rate", at, rate * factor) for rate in around),
+                ]
+            else:
+                entries = [*entries, ("multiplier", at, factor)]
+    entries, frozen = _freeze(entries, found.frozen)
+    return _Found(entries, waiting, frozen)
+
+
+def _factors(
+    suffix: str, group: Any, record: AppliedMultipliers
+) -> dict[str, jax.Array]:
+    """Factor by suffix: of every label, or of the group alone that has this state."""
+    values = _array(record.values)
+    return {
+        suffix if label == group else f"{suffix}/{label}": values[..., k]
+        for k, label in enumerate(record.labels)
+        if label == group or group not in record.labels
+    }
+
+
+def _freeze(
+    entries: Sequence[tuple[str, str, jax.Array]],
+    frozen: Sequence[tuple[str, jax.Array]],
+) -> tuple[list[tuple[str, str, jax.Array]], list[tuple[str, jax.Array]]]:
+    """Sets the rates of frozen groups to 0; returns the flags that met no rate too."""
+    entries, waiting = list(entries), []
+    for suffix, flag in frozen:
+        inside = [
+            name == "learning_rate" and f"{at}/".startswith(f"{suffix}/")
+            for name, at, _ in entries
+        ]
+        entries = [
+            (name, at, jnp.where(flag, 0, value)) if here else (name, at, value)
+            for (name, at, value), here in zip(entries, inside, strict=True)
+        ]
+        waiting += [] if any(inside) else [(suffix, flag)]
+    return entries, waiting
 
 
 def _array(value: Any) -> jax.Array:
@@ -236,11 +307,11 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
       ``b1``, ``weight_decay``, and whatever ``inject_hyperparams`` holds, in its dtype.
       Inside ``partition`` and :func:`gradual_unfreezing` the names are
       ``name/<label>``, and :func:`scale_by_group` adds ``learning_rate/<label>``, the
-      rate times the group's multiplier (``multiplier/<label>`` where its chain records
-      no rate). While a group is frozen its rate is 0. A name that occurs again, as
-      where ``inject_hyperparams`` wraps one of our recipes, is numbered: ``name_2``,
-      ``name_3``. Before the first update the values are those of
-      step 0. A state without any of this gives ``{}``.
+      rate times the group's multiplier (``multiplier/<label>`` where no chain around it
+      records a rate). While a group is frozen its rate is 0. A name that occurs
+      again, as where ``inject_hyperparams`` wraps one of our recipes, is numbered:
+      ``name_2``, ``name_3``. Before the first update the values are those of step 0. A
+      state without any of this gives ``{}``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -250,58 +321,17 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
       >>> print({name: round(float(value), 2) for name, value in applied.items()})
       {'weight_decay': 0.0, 'momentum': 0.95, 'learning_rate': 0.04}
     """
-    found: list[tuple[str, str, jax.Array]] = []  # name, suffix, value
-    multipliers: list[tuple[str, AppliedMultipliers]] = []
-    frozen: dict[str, jax.Array] = {}
-    for name, suffix, value in _find_applied(opt_state):
-        if isinstance(value, AppliedMultipliers):
-            multipliers.append((suffix, value))
-        elif isinstance(value, GroupState):
-            flag = _array(value.frozen)
-            for label in value.labels:
-                frozen |= {f"/{label}{suffix}": flag, f"{suffix}/{label}": flag}
-        else:
-            found.append((name, suffix, _array(value)))
-    for suffix, record in multipliers:
-        values = _array(record.values)
-        for k, label in enumerate(record.labels):
-            found = _scale(found, suffix, f"/{label}", values[..., k])
-    found = [
-        (name, at, jnp.where(frozen[at], 0, value))
-        if name == "learning_rate" and at in frozen
-        else (name, at, value)
-        for name, at, value in found
+    found = _find(opt_state)
+    alone = [
+        ("multiplier", at, factor)
+        for waiting in found.multipliers
+        for at, factor in _factors(*waiting).items()
     ]
     numbered: dict[str, jax.Array] = {}
-    for name, suffix, value in found:
+    for name, suffix, value in [*found.entries, *alone]:
         key, number = name + suffix, 1
         while key in numbered:
             number += 1
             key = f"{name}{suffix}_{number}"
         numbered[key] = value
     return numbered
-
-
-def _scale(
-    found: list[tuple[str, str, jax.Array]],
-    suffix: str,
-    label: str,
-    multiplier: jax.Array,
-) -> list[tuple[str, str, jax.Array]]:
-    """Adds the rate that a group gets, or scales it if it has one of its own."""
-    rates = [(at, rate) for name, at, rate in found if name == "learning_rate"]
-    if any(at == suffix + label for at, _ in rates):
-        return [
-            (name, at, value * multiplier)
-            if (name, at) == ("learning_rate", suffix + label)
-            else (name, at, value)
-            for name, at, value in found
-        ]
-    # The rates of the same chain, or of one around it.
-    around = [rate for at, rate in rates if f"{suffix}/".startswith(f"{at}/")]
-    if not around:
-        return [*found, ("multiplier", label + suffix, multiplier)]
-    return [
-        *found,
-        *(("learning_rate", label + suffix, rate * multiplier) for rate in around),
-    ]

@@ -11,6 +11,7 @@ initialised with Variables and updated with arrays.
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -30,8 +31,7 @@ LabelFn = Callable[[optax.Params], Labels]
 # --- trees ----------------------------------------------------------------------------
 
 
-def is_box(node: Any) -> bool:
-    """Whether this is one of Flax's boxes of a single array, found without Flax."""
+def _is_any_box(node: Any) -> bool:
     return any(
         base.__name__ in ("Variable", "AxisMetadata")
         and base.__module__.startswith("flax.")
@@ -39,9 +39,20 @@ def is_box(node: Any) -> bool:
     )
 
 
+def is_box(node: Any) -> bool:
+    """Whether this is one of Flax's boxes of a single array, found without Flax."""
+    return _is_any_box(node) and bool(jax.tree.leaves(node))
+
+
+def is_hole(node: Any) -> bool:
+    """Whether a leaf has been taken out here by ``optax.masked`` or ``partition``."""
+    empty_box = _is_any_box(node) and not jax.tree.leaves(node)
+    return empty_box or isinstance(node, optax.MaskedNode)
+
+
 def _is_position(node: Any) -> bool:
     """A leaf, or what stands where a leaf has been taken out."""
-    return node is None or isinstance(node, optax.MaskedNode) or is_box(node)
+    return node is None or is_hole(node) or is_box(node)
 
 
 def map_with_paths(
@@ -64,8 +75,7 @@ def paths_of(tree: Any, *, holes: bool = False) -> list[str]:
 
 def is_masked(tree: Any) -> bool:
     """Whether leaves have been taken out by ``optax.masked`` or ``partition``."""
-    nodes = jax.tree.leaves(tree, is_leaf=_is_position)
-    return any(isinstance(node, optax.MaskedNode) for node in nodes)
+    return any(map(is_hole, jax.tree.leaves(tree, is_leaf=_is_position)))
 
 
 def listed(items: Iterable[Any], most: int = 8) -> str:
@@ -111,9 +121,6 @@ def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
 
     def spread(label: Any, part: Any) -> list[Any]:
         return [label] * len(jax.tree.leaves(part, is_leaf=is_box))
-
-    def is_hole(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
 
     def visible(node: Any, labels: Any) -> Any:
         return node if is_hole(node) else labels
@@ -169,7 +176,11 @@ def _parents(path: str) -> list[str]:
 
 def skeleton_of(params: optax.Params) -> Any:
     """The containers of the parameters, with an empty tuple for each leaf."""
-    return jax.tree.map(lambda _: (), params, is_leaf=is_box)
+
+    def bare(node: Any) -> Any:
+        return optax.MaskedNode() if is_hole(node) else ()
+
+    return jax.tree.map(bare, params, is_leaf=lambda n: is_hole(n) or is_box(n))
 
 
 def check_skeleton(updates: optax.Updates, skeleton: Any) -> None:
@@ -226,7 +237,7 @@ def _regexes(name: str, patterns: Any) -> list[re.Pattern[str]]:
 
 
 def label_by_path(
-    rules: Sequence[tuple[str, Hashable]],
+    rules: Sequence[tuple[str, str | int]],
     *,
     unmatched_rules: Literal["error", "warn"] = "error",
 ) -> LabelFn:
@@ -288,7 +299,7 @@ def label_by_path(
             first = next(matching, None)
             if first is not None:
                 used.add(first)
-            if leaf is None or isinstance(leaf, optax.MaskedNode):
+            if leaf is None or is_hole(leaf):
                 return leaf
             if first is None:
                 uncovered.append(path)
@@ -383,7 +394,8 @@ def label_by_depth(
 
     Returns:
       A function ``params -> labels`` with integers 0, 1, 2, ... without gaps, in the
-      containers of the parameters.
+      containers of the parameters. (Where ``optax.masked`` hides leaves, their depths
+      are counted too.)
 
     Raises:
       ValueError: If an expression is wrong or ``pattern`` has no group; when called, if
@@ -427,31 +439,45 @@ def label_by_depth(
             if found_here is None or (found_here[0] == "block" and number is not None):
                 continue
             where, index = found_here
-            return where, index, begin.rstrip("0123456789")
+            # Leaves that are numbered themselves, w_0 and b_0, lie side by side.
+            before = "" if begin == path else begin.rstrip("0123456789")
+            return where, index, before
         return None
 
     def label_fn(params: optax.Params) -> Labels:
-        places = {path: place(path) for path in paths_of(params, holes=True)}
-        lost = [path for path in paths_of(params) if places[path] is None]
+        places: dict[str, tuple[str, int, str]] = {}
+        lost: list[str] = []
+
+        def find(path: str, leaf: Any) -> None:
+            found = place(path)
+            if found is not None and leaf is not None:
+                places[path] = found
+            elif leaf is not None:
+                lost.append(path + " (hidden as a whole)" * is_hole(leaf))
+
+        map_with_paths(find, params, holes=True)
         if lost:
             raise ValueError(
                 "`params` must have a number or a known name in every path, got "
                 f"{listed(lost)}. Name what is nearest the input in `stem`, what is "
-                "above the blocks in `head`, or how blocks are numbered in `pattern`."
+                "above the blocks in `head`, or how blocks are numbered in `pattern`; "
+                "mask the leaves of a subtree one by one."
             )
-        known = [found for found in places.values() if found is not None]
-        numbers = sorted({index for where, index, _ in known if where == "block"})
-        _warn_of_separate_counts(known)
-        first = int(any(where == "stem" for where, *_ in known))
+        blocks = {path: found for path, found in places.items() if found[0] == "block"}
+        numbers = sorted({index for _, index, _ in blocks.values()})
+        if number is None:
+            _warn_of_separate_counts(blocks)
+            _warn_of_a_single_number(blocks)
+        first = int(any(where == "stem" for where, *_ in places.values()))
         top = first + len(numbers)
         depths = {index: first + rank for rank, index in enumerate(numbers)}
         last = top if final_norm == "head" else max(top - 1, 0)
         outside = {"stem": 0, "norm": last, "head": top}
 
         def depth(path: str, leaf: Any) -> Any:
-            if leaf is None or isinstance(leaf, optax.MaskedNode):
+            if leaf is None or is_hole(leaf):
                 return leaf
-            where, index, _ = places[path]  # type: ignore[misc]
+            where, index, _ = places[path]
             return depths[index] if where == "block" else outside[where]
 
         return map_with_paths(depth, params, holes=True)
@@ -459,20 +485,43 @@ def label_by_depth(
     return label_fn
 
 
-def _warn_of_separate_counts(places: Iterable[tuple[str, int, str]]) -> None:
-    """Two lists that overlap and differ, ``Conv_0, Conv_1, Dense_0``, count apart."""
+_ADVICE = (
+    "Give a `pattern`, `stem` or `head` if that is wrong; `describe_groups` shows the "
+    "depths."
+)
+
+
+def _warn_of_separate_counts(blocks: dict[str, tuple[str, int, str]]) -> None:
+    """Lists that count apart, ``Conv_0, Conv_1, Dense_0``; a list of norms may."""
     lists: dict[str, set[int]] = {}
-    for where, index, before in places:
-        if where == "block":
-            lists.setdefault(before, set()).add(index)
-    for before, indices in lists.items():
-        for other, others in lists.items():
-            if before < other and indices & others and indices != others:
-                warnings.warn(
-                    f"`params` number {before!r} and {other!r} separately "
-                    f"({sorted(indices)} and {sorted(others)}), yet equal numbers get "
-                    "equal depths. Give a `pattern`, `stem` or `head` if that is "
-                    "wrong; `describe_groups` shows the depths.",
-                    stacklevel=4,
-                )
-                return
+    for _, index, before in blocks.values():
+        lists.setdefault(before, set()).add(index)
+    norms = {name for name in lists if re.search("norm|bn|ln", name.lower())}
+    for (one, mine), (other, others) in itertools.combinations(lists.items(), 2):
+        beside = mine == others and {one, other} & norms
+        if mine & others and not beside:
+            warnings.warn(
+                f"`params` number {one!r} and {other!r} separately ({sorted(mine)} and "
+                f"{sorted(others)}), yet equal numbers get equal depths. {_ADVICE}",
+                stacklevel=4,
+            )
+            return
+
+
+def _warn_of_a_single_number(blocks: dict[str, tuple[str, int, str]]) -> None:
+    """The number of a network, ``resnet50/layers/3``, is the first in every path."""
+    if len({index for _, index, _ in blocks.values()}) > 1:
+        return
+    rest = {
+        path[len(before) :].partition("/")[2]
+        for path, (_, _, before) in blocks.items()
+        if before
+    }
+    numbers = {int(n) for tail in rest for n in re.findall(r"(\d+)(?:/|$)", tail)[:1]}
+    if len(numbers) > 1:
+        (index,) = {index for _, index, _ in blocks.values()}
+        warnings.warn(
+            f"`params` have the number {index} before all others in every path, so "
+            f"that there is one block; {sorted(numbers)} stand deeper. {_ADVICE}",
+            stacklevel=4,
+        )

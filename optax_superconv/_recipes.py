@@ -299,7 +299,7 @@ def fine_tune_adamw(
 
     .. math:: \eta_{l,t} = \eta_t\, \max(d^{\,L-1-l}, m_{\min})
 
-    For ``freeze_steps`` the last group trains alone, while its rate rises to the peak.
+    For ``freeze_steps`` the last group trains alone, its rate rising towards the peak.
     Then all groups train through one cycle of :func:`onecycle_adamw` over the steps
     that are left, at rates that fall by the factor ``decay`` from each group to the one
     before. Without ``freeze_steps`` and with ``decay=1`` this is
@@ -311,7 +311,8 @@ def fine_tune_adamw(
        starts at ``init_learning_rate``, as here all cycles do.
     3. The head keeps its moments when the others thaw.
 
-    To thaw group after group as ULMFiT does, chain :func:`gradual_unfreezing`.
+    To thaw group after group as ULMFiT does, build the chain that stands there from
+    :func:`gradual_unfreezing`.
 
     Args:
       peak_learning_rate: The highest rate of the last group.
@@ -321,6 +322,7 @@ def fine_tune_adamw(
         labels, a prefix of one, or a function ``params -> labels``:
         :func:`label_by_depth`, or ``label_by_path([("head/.*", 1), (".*", 0)])``. The
         last group is that of the labels in sight, where ``optax.masked`` hides some.
+        Under ``optax.inject_hyperparams`` name it in ``static_args``.
       decay: Factor :math:`d` per group, in (0, 1]; ULMFiT's is 1 / 2.6, vision
         transformers use 0.65 to 0.9.
       min_multiplier: :math:`m_{\min}`, in [0, 1].
@@ -413,7 +415,8 @@ def fine_tune_adamw(
             """A group counts from its thaw; its schedules follow the run."""
             if step == 0 or not callable(value):
                 return value
-            return lambda count: value(count + step)
+            last = _checks.MAX_STEPS - step  # The sum is int32 too.
+            return lambda count: value(jnp.minimum(count, last) + step)
 
         return optax.chain(
             scale_by_scheduled_adam(
@@ -431,12 +434,18 @@ def fine_tune_adamw(
         if any(isinstance(label, str) for label in labels):
             raise ValueError(
                 "`param_labels` must give integers that rise from the input to the "
-                f"output, got {labels}, which have no such order."
+                f"output, got {sorted(labels)}, which have no such order."
             )
         return layerwise_multipliers(labels, decay, min_multiplier=min_multiplier)
 
     return optax.chain(
-        unfreezing(adamw_from, thaw_steps, param_labels, keeps_zeros=True)
+        unfreezing(
+            adamw_from,
+            thaw_steps,
+            param_labels,
+            order=(0, freeze_steps),
+            keeps_zeros=True,
+        )
         if freeze_steps
         else adamw_from(0),
         scale_by_group(multipliers, param_labels),

@@ -8,7 +8,7 @@ state per distinct thaw step. It is left alone until then, and counts from there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,6 @@ from optax_superconv._labels import (
     check_labels,
     check_skeleton,
     is_box,
-    is_function,
     is_masked,
     labels_of,
     listed,
@@ -82,7 +81,8 @@ def gradual_unfreezing(
     Returns:
       The transformation. :func:`frozen_labels` tells what is frozen;
       :func:`read_hyperparams` reads what ``inner`` records as ``name/<label>``: until a
-      group's thaw a learning rate of 0, and of all else the value at step 0.
+      group's thaw a learning rate of 0, and of all else the value at step 0. A group
+      that never thaws has no records.
 
     Raises:
       ValueError: If a thaw step is negative; at ``init`` and ``update``, if a label has
@@ -128,7 +128,7 @@ def gradual_unfreezing(
             )
         return made
 
-    return unfreezing(make_inner, thaw_steps, param_labels)
+    return unfreezing(make_inner, _checked_steps(thaw_steps), param_labels)
 
 
 def _is_transformation(value: Any) -> bool:
@@ -137,26 +137,26 @@ def _is_transformation(value: Any) -> bool:
 
 def unfreezing(
     make_inner: Callable[[int], optax.GradientTransformation],
-    thaw_steps: Mapping[Any, int | None] | Callable[[list[Any]], Any],
+    thaw_steps: dict[Any, int | None] | Callable[[list[Any]], Any],
     param_labels: Labels | LabelFn,
     *,
+    order: Sequence[int] = (),
     keeps_zeros: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """:func:`gradual_unfreezing` with an inner optimizer that knows its thaw step.
+    """:func:`gradual_unfreezing` whose thaw steps may be a function of the labels.
 
-    ``keeps_zeros`` says that the arrays of its state stay 0 under gradients of 0, as
-    Adam's moments do. Then frozen gradients are set to 0 and moments need not be held:
-    if they were, the update could not use those that are stored, and the compiled
-    program would compute every moment twice.
+    Its values are then those of ``order``, rising, which is all that is known without
+    parameters. ``keeps_zeros`` says that the arrays of the inner state are 0 at first
+    and stay so under gradients of 0, as Adam's moments do. Then frozen gradients are
+    set to 0 and moments need not be held: if they were, the update could not use those
+    that are stored, and the compiled program would compute every moment twice.
     """
-    if not is_function(thaw_steps):
-        _check_thaw_steps(thaw_steps)
 
     def thaws_of(tree: Any) -> tuple[list[int | None], dict[Any, int | None]]:
         """The thaw step of each leaf and of each label."""
         labels = labels_of(param_labels, tree)
-        if isinstance(thaw_steps, Mapping):
-            steps = dict(thaw_steps)
+        if isinstance(thaw_steps, dict):
+            steps = thaw_steps
         else:
             steps = thaw_steps(check_labels(labels)) if labels else {}
         unknown = [label for label in check_labels(labels) if label not in steps]
@@ -181,17 +181,17 @@ def unfreezing(
             treedef, [x if thaw == step else optax.MaskedNode() for x, thaw in pairs]
         )
 
-    def frozen_at(count: jax.Array, order: list[int | None]) -> jax.Array:
+    def frozen_at(count: jax.Array, order: Sequence[int | None]) -> jax.Array:
         flags = [jnp.array(True) if s is None else count < s for s in order]
         return jnp.stack(flags) if flags else jnp.zeros(0, bool)
 
     def init_fn(params: optax.Params) -> GradualUnfreezingState:
         thaws, by_label = thaws_of(params)
-        order = _order(by_label)
+        distinct = order or _distinct(by_label)
         count = jnp.zeros([], jnp.int32)
         groups = []
-        for step in order:
-            labels = names_of(sorted(k for k, s in by_label.items() if s == step))
+        for step in distinct:
+            labels = sorted(k for k, s in by_label.items() if s == step)
             inner_state = (
                 optax.EmptyState()
                 if step is None
@@ -202,9 +202,10 @@ def unfreezing(
                 )
             )
             frozen = jnp.array(step is None or step > 0)
-            groups.append(GroupState(labels, frozen, inner_state))
+            names = names_of(labels) if thaws else params
+            groups.append(GroupState(names, frozen, inner_state))
         return GradualUnfreezingState(
-            count, skeleton_of(params), frozen_at(count, order), tuple(groups)
+            count, skeleton_of(params), frozen_at(count, distinct), tuple(groups)
         )
 
     def update_fn(
@@ -215,11 +216,11 @@ def unfreezing(
     ) -> tuple[optax.Updates, GradualUnfreezingState]:
         check_skeleton(updates, state.skeleton)
         thaws, by_label = thaws_of(updates)
-        order = _order(by_label)
+        distinct = order or _distinct(by_label)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
         new_leaves = list(leaves)
         groups = []
-        for step, group in zip(order, state.groups, strict=True):
+        for step, group in zip(distinct, state.groups, strict=True):
             mine = [k for k, thaw in enumerate(thaws) if thaw == step]
             if step is None:
                 for k in mine:
@@ -248,13 +249,13 @@ def unfreezing(
             groups.append(GroupState(group.labels, ~thawed, inner_state))
         count = optax.safe_increment(state.count)
         return jax.tree.unflatten(treedef, new_leaves), GradualUnfreezingState(
-            count, state.skeleton, frozen_at(count, order), tuple(groups)
+            count, state.skeleton, frozen_at(count, distinct), tuple(groups)
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_thaw_steps(thaw_steps: Any) -> None:
+def _checked_steps(thaw_steps: Any) -> dict[Any, int | None]:
     if not isinstance(thaw_steps, Mapping):
         raise TypeError(
             "`thaw_steps` must be a dict from label to step, got "
@@ -264,12 +265,13 @@ def _check_thaw_steps(thaw_steps: Any) -> None:
         bool(thaw_steps), "thaw_steps", "a dict of at least one label", "{}"
     )
     check_labels(thaw_steps, "thaw_steps")
-    for label, step in thaw_steps.items():
-        if step is not None:
-            _checks.steps(f"thaw_steps[{label!r}]", step)
+    return {
+        label: None if step is None else _checks.steps(f"thaw_steps[{label!r}]", step)
+        for label, step in thaw_steps.items()
+    }
 
 
-def _order(by_label: Mapping[Any, int | None]) -> list[int | None]:
+def _distinct(by_label: Mapping[Any, int | None]) -> list[int | None]:
     """Distinct thaw steps, rising, None last."""
     distinct = set(by_label.values())
     never: list[int | None] = [None] if None in distinct else []
@@ -314,6 +316,7 @@ def frozen_labels(opt_state: Any) -> set[Any]:
 
     Returns:
       The labels; empty if nothing is frozen. Labels whose thaw step is None always are.
+      Of a batch of states, what is frozen in all of them.
 
     Raises:
       TypeError: Under ``jit``, where the step is not known.
@@ -340,11 +343,12 @@ def frozen_labels(opt_state: Any) -> set[Any]:
             continue
         # A Flax NNX optimizer holds its state in Variables, which are pytrees.
         (frozen,) = jax.tree.leaves(state.frozen)
-        if isinstance(frozen, jax.core.Tracer):
+        if isinstance(frozen, jax.core.Tracer | jax.ShapeDtypeStruct):
             raise TypeError(
-                "`opt_state` must be concrete to tell what is frozen, got a traced one."
+                "`opt_state` must be concrete to tell what is frozen, got "
+                f"{type(frozen).__name__}."
             )
-        # A batch of states moves in lockstep; its axes come first.
+        # The axes of a batch of states come first.
         flags = np.all(np.asarray(frozen).reshape(-1, len(state.groups)), axis=0)
         for k, group in enumerate(state.groups):
             found |= set(group.labels) if flags[k] else set()

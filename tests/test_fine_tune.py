@@ -370,3 +370,26 @@ def test_labels_that_do_not_fit_are_refused():
     tx = osc.fine_tune_adamw(PEAK, TOTAL, {"stem": 0, "head": 1}, freeze_steps=2)
     with pytest.raises(ValueError, match=r"^`param_labels`.*no label for 'blocks/bias"):
         tx.init(make_params())
+
+
+def test_no_parameters_are_no_groups():
+    tx = osc.fine_tune_adamw(0.1, 10, {}, freeze_steps=3)
+    assert osc.frozen_labels(tx.init({})) == set()
+
+
+def test_schedules_hold_at_the_largest_count():
+    """The count of the run is the group's plus its thaw step, and both are int32."""
+    tx = osc.fine_tune_adamw(
+        0.1,
+        10,
+        [0, 1],
+        freeze_steps=3,
+        weight_decay=lambda count: jnp.where(count < 0, 9.0, 0.5),
+    )
+    params = [jnp.ones(1)] * 2
+    last = jnp.int32(2**31 - 1)
+    state = jax.tree.map(
+        lambda leaf: last if leaf.dtype == jnp.int32 else leaf, tx.init(params)
+    )
+    _, state = tx.update(params, state, params)
+    assert osc.read_hyperparams(state)["weight_decay/0"] == 0.5

@@ -514,12 +514,10 @@ def test_reads_each_group_inside_gradual_unfreezing():
         np.testing.assert_allclose(
             updates[name]["bias"], -applied[label] * params[name]["bias"], rtol=1e-5
         )
-        values = [
-            float(value)
-            for key, value in read.items()
-            if key.startswith("learning_rate/") and key.count(str(label)) == 2
-        ]
-        np.testing.assert_allclose(values, [applied[label]], rtol=1e-5)
+        np.testing.assert_allclose(
+            read[f"learning_rate/{label}"], applied[label], rtol=1e-5
+        )
+    assert set(read) == {"learning_rate/0", "learning_rate/1"}
 
 
 def test_an_unknown_rate_leaves_the_multiplier():
@@ -668,6 +666,14 @@ MAPPED = {  # and how many arrays of its state are like a parameter
         lambda labels: osc.gradual_unfreezing(optax.adam(0.1), {0: None, 1: 0}, labels),
         4,
     ),
+    "fine_tune_adamw": (
+        lambda labels: osc.fine_tune_adamw(0.1, 10, labels, freeze_steps=3),
+        8,
+    ),
+    "fine_tune_adamw_at_once": (
+        lambda labels: osc.fine_tune_adamw(0.1, 10, labels),
+        8,
+    ),
 }
 
 
@@ -683,6 +689,96 @@ def test_map_params_finds_the_parameters_in_a_state(make, arrays, labels):
     assert len(found) == arrays
     mapped = optax.tree.map_params(tx, lambda x: x, state)
     chex.assert_trees_all_equal(mapped, state)
+
+
+BY_INDEX = [0, 1, 2, 3]
+
+
+def test_groups_that_share_a_thaw_step_read_their_own_factor_inside_unfreezing():
+    factors = {0: 0.125, 1: 0.25, 2: 0.5, 3: 1.0}
+    inner = optax.chain(
+        osc.scale_by_group(lambda labels: {k: factors[k] for k in labels}, BY_INDEX),
+        osc.scale_by_learning_rate(0.1),
+    )
+    tx = osc.gradual_unfreezing(inner, {0: 2, 1: 2, 2: 0, 3: 0}, BY_INDEX)
+    params = [jnp.ones(1)] * 4
+    _, state = tx.update(params, tx.init(params), params)
+    expected = {0: 0.0, 1: 0.0, 2: 0.05, 3: 0.1}
+    assert_reads(state, {f"learning_rate/{k}": v for k, v in expected.items()})
+
+
+def test_a_factor_meets_the_rate_of_its_own_chain():
+    """Two chains side by side, each with factors and a rate."""
+
+    def chain(factor, rate, mask):
+        group = osc.scale_by_group({0: factor, 1: 1.0}, [0, 1])
+        return optax.masked(optax.chain(group, osc.scale_by_learning_rate(rate)), mask)
+
+    tx = optax.chain(chain(0.5, 1.0, [True, False]), chain(0.25, 0.125, [False, True]))
+    read = osc.read_hyperparams(tx.init([jnp.ones(1)] * 2))
+    assert read["learning_rate/0"] == 0.5
+    assert read["learning_rate/0_2"] == 0.25 * 0.125
+
+
+def test_a_group_frozen_by_either_of_two_reads_as_frozen():
+    tx = optax.chain(
+        osc.gradual_unfreezing(osc.onecycle_sgd(1.0, 10), {0: 3, 1: 0}, [0, 1]),
+        osc.gradual_unfreezing(optax.identity(), {0: 1, 1: 0}, [0, 1]),
+    )
+    params = [jnp.ones(1)] * 2
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    read = osc.read_hyperparams(state)
+    assert read["learning_rate/0"] == 0
+    assert read["learning_rate/1"] > 0
+
+
+def test_names_read_from_the_outside_in():
+    tx = optax.partition(
+        {"kind": osc.fine_tune_adamw(0.1, 10, [0, 1], freeze_steps=3)}, ["kind"] * 2
+    )
+    read = osc.read_hyperparams(tx.init([jnp.ones(1)] * 2))
+    assert {"learning_rate/kind", "learning_rate/kind/1", "b1/kind/1"} <= set(read)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: osc.onecycle_adamw(0.1, 10),
+        lambda: osc.fine_tune_adamw(0.1, 10, osc.label_by_depth(), freeze_steps=2),
+        lambda: osc.scale_by_group(
+            lambda labels: dict.fromkeys(labels, 0.5), osc.label_by_depth()
+        ),
+    ],
+    ids=["onecycle_adamw", "fine_tune_adamw", "scale_by_group"],
+)
+def test_nnx_masks_that_are_made_leaf_by_leaf(make):
+    """They leave an empty Variable at init, and nothing at update."""
+    model = nnx.Sequential(*(nnx.Linear(2, 2, rngs=nnx.Rngs(k)) for k in range(2)))
+    tx = optax.masked(make(), lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = model.layers[1].kernel[...]
+    grads = nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model)
+    optimizer.update(model, grads)
+    assert (model.layers[1].kernel[...] != before).any()
+
+
+def test_a_function_of_names_gets_no_order_that_the_names_do_not_have():
+    names = {"stem": "stem", "body": "body", "head": "head"}
+    params = {name: jnp.ones(1) for name in names}
+    multipliers = functools.partial(osc.layerwise_multipliers, decay=0.5)
+    with pytest.raises(ValueError, match=r"^`labels` must be .* no order"):
+        osc.scale_by_group(multipliers, names).init(params)
+
+
+def test_a_dict_of_multipliers_may_change_afterwards():
+    multipliers = {0: 0.5, 1: 1.0}
+    tx = osc.scale_by_group(multipliers, [0, 1])
+    multipliers[0] = -3.0
+    params = [jnp.ones(1)] * 2
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates[0] == 0.5
 
 
 # --- a table for a person -------------------------------------------------------------

@@ -742,3 +742,53 @@ BAD_OPTIONS = {
 def test_a_bad_option_is_refused_when_it_is_given(options, kind, message):
     with pytest.raises(kind, match=f"^{message}"):
         osc.label_by_depth(**options)
+
+
+def test_warns_of_two_lists_of_equal_length():
+    leaf = {"kernel": jnp.ones(1)}
+    params = {name: leaf for name in ("Conv_0", "Conv_1", "Dense_0", "Dense_1")}
+    with pytest.warns(UserWarning, match="'Conv_' and 'Dense_' separately"):
+        osc.label_by_depth()(params)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Conv_0/w", "BatchNorm_0/w", "Conv_1/w", "BatchNorm_1/w"),
+        ("w_0", "b_0", "w_1", "b_1"),
+        ("resnet50/stem/w", "resnet50/head/w"),
+    ],
+)
+def test_does_not_warn_of_what_lies_side_by_side(names):
+    params = {}
+    for name in names:
+        first, *rest = name.split("/")
+        params[first] = {rest[0]: jnp.ones(1)} if rest else jnp.ones(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        osc.label_by_depth()(params)
+
+
+def test_warns_of_a_number_before_all_others():
+    params = {"resnet50": {"layers": [jnp.ones(1)] * 3}, "head": jnp.ones(1)}
+    with pytest.warns(UserWarning, match="number 50 before all others"):
+        osc.label_by_depth()(params)
+
+
+def test_a_subtree_that_is_hidden_as_a_whole_is_an_error():
+    """Its numbers are hidden too, and the depths of the others would change."""
+    leaf = jnp.ones(1)
+    params = {"embed": leaf, "blocks": [leaf] * 4, "head": leaf}
+    label = osc.label_by_depth()
+    tx = osc.scale_by_group(osc.layerwise_multipliers(label(params), 0.5), label)
+    whole = {"embed": False, "blocks": False, "head": True}
+    with pytest.raises(ValueError, match="hidden as a whole"):
+        optax.masked(tx, whole).init(params)
+    one_by_one = optax.masked(tx, whole | {"blocks": [False] * 4})
+    updates, _ = one_by_one.update(params, one_by_one.init(params), params)
+    assert updates["head"] == 1
+
+
+def test_depths_have_no_gaps_where_a_number_has_no_array():
+    params = {"layers": [jnp.ones(1), None, None, jnp.ones(1)]}
+    assert osc.label_by_depth()(params) == {"layers": [0, None, None, 1]}

@@ -477,6 +477,26 @@ def test_a_function_of_the_thaw_step_makes_schedules_follow_the_run():
     assert set(made) == {step for step in THAWS.values() if step is not None}
 
 
+def test_thaw_steps_are_a_dict_and_not_a_function():
+    with pytest.raises(TypeError, match=r"^`thaw_steps` must be a dict"):
+        osc.gradual_unfreezing(optax.sgd(1.0), lambda labels: {0: -5, 1: 0}, [0, 1])
+
+
+def test_thaw_steps_may_be_integer_arrays():
+    tx = osc.gradual_unfreezing(optax.sgd(1.0), {0: jnp.int32(1), 1: 0}, [0, 1])
+    params = [jnp.ones(1)] * 2
+    state = tx.init(params)
+    assert osc.frozen_labels(state) == {0}
+    _, state = tx.update(params, state, params)
+    assert osc.frozen_labels(state) == set()
+
+
+def test_what_is_frozen_is_not_known_of_shapes():
+    tx = osc.gradual_unfreezing(optax.sgd(1.0), {0: 1, 1: 0}, [0, 1])
+    with pytest.raises(TypeError, match=r"^`opt_state` must be concrete"):
+        osc.frozen_labels(jax.eval_shape(tx.init, [jnp.ones(1)] * 2))
+
+
 # --- in other frames ------------------------------------------------------------------
 
 
