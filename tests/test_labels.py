@@ -21,6 +21,15 @@ import optax_superconv as osc
 LEAF = jnp.ones(2)
 
 
+def as_arrays(state):
+    """The state without its Variables."""
+    return jax.tree.map(
+        lambda variable: variable[...],
+        state,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+
+
 def nested(paths, leaf=LEAF):
     """Nested dicts with these paths."""
     tree: dict = {}
@@ -117,7 +126,7 @@ CONTAINERS = {
     "dict": (lambda: {"a": {"b": LEAF}, "c": LEAF}, {"a/b", "c"}),
     "frozen_dict": (lambda: FrozenDict({"a": {"b": LEAF}, "c": LEAF}), {"a/b", "c"}),
     "nnx_variables": (lambda: nnx.state(Net(), nnx.Param), NNX_PATHS),
-    "nnx_arrays": (lambda: nnx.as_pure(nnx.state(Net(), nnx.Param)), NNX_PATHS),
+    "nnx_arrays": (lambda: as_arrays(nnx.state(Net(), nnx.Param)), NNX_PATHS),
     "linen_boxed": (linen_params, LINEN_PATHS),
     "linen_unboxed": (lambda: nn.unbox(linen_params()), LINEN_PATHS),
     "equinox": (
@@ -160,9 +169,9 @@ def test_each_leaf_gets_the_label_of_its_own_path(make, paths):
 @every_container
 def test_labels_are_in_the_containers_of_the_parameters(make, paths):
     labels = osc.label_by_path([(".*", "all")])(make())
-    # Boxes of one array are leaves; nnx.as_pure and nn.unbox take them away.
+    # Boxes of one array are leaves; as_arrays and nn.unbox take them away.
     plain = nn.unbox(make())
-    plain = nnx.as_pure(plain) if isinstance(plain, nnx.State) else plain
+    plain = as_arrays(plain) if isinstance(plain, nnx.State) else plain
     assert jax.tree.structure(labels) == jax.tree.structure(plain)
 
 
@@ -185,7 +194,7 @@ def test_labels_at_init_and_update_are_the_same(make, paths):
     tx = osc.scale_by_group(multipliers, recording(rules, seen))
     state = tx.init(make())
     pure = nn.unbox(make())
-    pure = nnx.as_pure(pure) if isinstance(pure, nnx.State) else pure
+    pure = as_arrays(pure) if isinstance(pure, nnx.State) else pure
     tx.update(pure, state, pure)
     assert len(seen) == 2
     assert seen[0] == seen[1] == {path: f"<{path}>" for path in paths}

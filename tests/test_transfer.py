@@ -119,8 +119,8 @@ def fine_tune_nnx():
     network = _NNXNetwork(rngs=nnx.Rngs(0))
     parts = [*network.blocks, network.head]
     for part, (kernel, bias) in zip(parts, layers, strict=True):
-        part.kernel.set_value(jnp.asarray(kernel))
-        part.bias.set_value(jnp.asarray(bias))
+        part.kernel = nnx.Param(jnp.asarray(kernel))
+        part.bias = nnx.Param(jnp.asarray(bias))
     optimizer = nnx.Optimizer(network, make_tx(), wrt=nnx.Param)
 
     @nnx.jit
