@@ -71,6 +71,13 @@ def make_optimizers() -> dict[str, optax.GradientTransformation]:
             mask=matrices_only,
         ),
         "onecycle_adamw": osc.onecycle_adamw(PEAK, TOTAL_STEPS),
+        "late_decay_adamw, open-ended": osc.late_decay_adamw(PEAK, None),
+        "late_decay_adamw, EMA": osc.late_decay_adamw(
+            PEAK, None, average=osc.ema_params(0.999)
+        ),
+        "late_decay_adamw, LAWA of 3": osc.late_decay_adamw(
+            PEAK, None, average=osc.lawa_params(3, every=10)
+        ),
     }
 
 

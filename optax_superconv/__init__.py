@@ -5,6 +5,16 @@ any training step. Start with :func:`onecycle_adamw` and :func:`range_test`.
 """
 
 from optax_superconv import plotting
+from optax_superconv._averaging import (
+    average_params,
+    ema_params,
+    eval_params,
+    lawa_params,
+    polynomial_weights,
+    swa_params,
+)
+from optax_superconv._batch_stats import recalibrate_batch_stats
+from optax_superconv._cooldown import start_cooldown, triggered_cooldown
 from optax_superconv._curvature import (
     SharpnessResult,
     hessian_free_rate,
@@ -20,9 +30,17 @@ from optax_superconv._groups import (
 )
 from optax_superconv._hyperparams import read_hyperparams, scale_by_learning_rate
 from optax_superconv._labels import label_by_depth, label_by_path
+from optax_superconv._late_decay import warmup_stable_decay_schedule, with_cooldown
 from optax_superconv._momentum import scale_by_scheduled_adam, scheduled_trace
 from optax_superconv._range_test import RangeTestResult, range_test
-from optax_superconv._recipes import fine_tune_adamw, onecycle_adamw, onecycle_sgd
+from optax_superconv._recipes import (
+    fine_tune_adamw,
+    late_decay_adamw,
+    late_decay_sgd,
+    onecycle_adamw,
+    onecycle_sgd,
+)
+from optax_superconv._refined import record_gradient_norms, refined_schedule
 from optax_superconv._schedules import (
     Phase,
     cyclical_schedule,
@@ -42,9 +60,12 @@ __all__ = [
     "RangeTestResult",
     "SharpnessResult",
     "ThresholdResult",
+    "average_params",
     "convergence_threshold",
     "cyclical_schedule",
     "describe_groups",
+    "ema_params",
+    "eval_params",
     "fine_tune_adamw",
     "frozen_labels",
     "geometric_multipliers",
@@ -53,6 +74,9 @@ __all__ = [
     "hessian_free_rate",
     "label_by_depth",
     "label_by_path",
+    "late_decay_adamw",
+    "late_decay_sgd",
+    "lawa_params",
     "layerwise_multipliers",
     "onecycle_adamw",
     "onecycle_momentum_schedule",
@@ -60,14 +84,23 @@ __all__ = [
     "onecycle_sgd",
     "phase_schedule",
     "plotting",
+    "polynomial_weights",
     "range_test",
     "read_hyperparams",
+    "recalibrate_batch_stats",
+    "record_gradient_norms",
+    "refined_schedule",
     "scale_by_group",
     "scale_by_learning_rate",
     "scale_by_scheduled_adam",
     "scheduled_trace",
     "sharpness",
     "stability_limit",
+    "start_cooldown",
     "suggest_interval",
     "suggest_learning_rate",
+    "swa_params",
+    "triggered_cooldown",
+    "warmup_stable_decay_schedule",
+    "with_cooldown",
 ]

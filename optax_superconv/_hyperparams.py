@@ -76,6 +76,11 @@ def times(value: jax.Array, wide: jax.Array) -> jax.Array:
     return value.astype(wide.dtype) * wide
 
 
+def scale(factor: jax.Array, updates: optax.Updates) -> optax.Updates:
+    """A float32 factor times each update, which keep their dtypes."""
+    return jax.tree.map(lambda g: narrow(times(factor, widen(g)), g), updates)
+
+
 def scheduled_transform(
     name: str,
     value: optax.ScalarOrSchedule,
@@ -149,8 +154,7 @@ def scale_by_learning_rate(
         rate: jax.Array, updates: optax.Updates, params: optax.Params | None
     ) -> optax.Updates:
         del params
-        factor = -rate if flip_sign else rate
-        return jax.tree.map(lambda g: narrow(times(factor, widen(g)), g), updates)
+        return scale(-rate if flip_sign else rate, updates)
 
     return scheduled_transform("learning_rate", learning_rate, apply)
 
@@ -197,7 +201,7 @@ class _Found(NamedTuple):
 def _find(node: Any, suffix: str = "", group: Any = None) -> _Found:
     """All records at any depth; a factor meets the rate of the nearest chain around."""
     if isinstance(node, AppliedHyperparams):
-        return _Found([(k, suffix, _array(v)) for k, v in node.values.items()])
+        return _Found([(k, suffix, array_of(v)) for k, v in node.values.items()])
     if isinstance(node, AppliedMultipliers):
         return _Found([], [(suffix, group, node)])
     if isinstance(node, optax.PartitionState):
@@ -207,7 +211,7 @@ def _find(node: Any, suffix: str = "", group: Any = None) -> _Found:
         inside = _merge(
             [_find(node.inner_state, f"{suffix}/{k}", k) for k in node.labels]
         )
-        flags = [(f"{suffix}/{k}", _array(node.frozen)) for k in node.labels]
+        flags = [(f"{suffix}/{k}", array_of(node.frozen)) for k in node.labels]
         return _Found(_freeze(inside.entries, flags)[0], inside.multipliers, flags)
     children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
     if isinstance(node, _INJECTED):
@@ -256,7 +260,7 @@ def _factors(
     suffix: str, group: Any, record: AppliedMultipliers
 ) -> dict[str, jax.Array]:
     """Factor by suffix: of every label, or of the group alone that has this state."""
-    values = _array(record.values)
+    values = array_of(record.values)
     return {
         suffix if label == group else f"{suffix}/{label}": values[..., k]
         for k, label in enumerate(record.labels)
@@ -283,10 +287,38 @@ def _freeze(
     return entries, waiting
 
 
-def _array(value: Any) -> jax.Array:
-    # A Flax NNX optimizer holds its state in Variables, which are pytrees.
+def array_of(value: Any) -> jax.Array:
+    """The array; a Flax NNX optimizer holds its state in Variables, pytrees of one."""
     (leaf,) = jax.tree.leaves(value)
     return jnp.asarray(leaf)
+
+
+def find_states(opt_state: Any, *kinds: type) -> dict[str, Any]:
+    """The states of these kinds at any nesting, by their path."""
+    found = jax.tree_util.tree_leaves_with_path(
+        opt_state, is_leaf=lambda node: isinstance(node, kinds)
+    )
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): node
+        for path, node in found
+        if isinstance(node, kinds)
+    }
+
+
+def states_in(opt_state: Any) -> str:
+    """For a message: which kinds of states there are."""
+    kinds: dict[str, None] = {}
+
+    def visit(node: Any) -> None:
+        if hasattr(node, "_fields"):
+            kinds[type(node).__name__] = None
+        children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+        for child in children:
+            if child is not node:
+                visit(child)
+
+    visit(opt_state)
+    return ", ".join(kinds) or f"a {type(opt_state).__name__}"
 
 
 def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:

@@ -67,7 +67,7 @@ _RISES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def _check_shape(name: str, shape: Any) -> None:
+def check_shape(name: str, shape: Any) -> None:
     if not callable(shape):
         _checks.choice(name, shape, (*_FALLS, "exponential"))
         return
@@ -83,7 +83,7 @@ def _check_shape(name: str, shape: Any) -> None:
     )
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
     rule = 'above 0 with shape="exponential"'
     _checks.number(name, value, rule, lambda array: array > 0)
 
@@ -95,7 +95,7 @@ def check_cycle(
     holds: Callable[[np.ndarray], np.ndarray] = _checks.non_negative,
 ) -> None:
     """Checks the values that a cycle moves between; the first named is the largest."""
-    _check_shape("shape", shape)
+    check_shape("shape", shape)
     (top_name, top_value), *others = values.items()
     top = _checks.number(top_name, top_value, rule, holds)
     for name, value in others:
@@ -105,10 +105,10 @@ def check_cycle(
             _checks.require(np.all(low <= top), name, limit, value)
     if shape == "exponential":
         for name, value in values.items():
-            _check_positive(name, value)
+            check_positive(name, value)
 
 
-def _float_dtype(*values: ArrayLike) -> np.dtype:
+def float_dtype(*values: ArrayLike) -> np.dtype:
     """The widest float among the values, and at least 32 bits."""
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*values)
@@ -116,7 +116,7 @@ def _float_dtype(*values: ArrayLike) -> np.dtype:
     return dtype if wide else np.dtype(jnp.float32)
 
 
-def _as_count(count: ArrayLike, dtype: np.dtype) -> jax.Array:
+def as_count(count: ArrayLike, dtype: np.dtype) -> jax.Array:
     """A count in int32 or wider, or in ``dtype`` when it is not whole."""
     if not isinstance(count, jax.Array):  # JAX would wrap what int32 does not hold.
         count = np.clip(count, -_checks.MAX_STEPS, _checks.MAX_STEPS)
@@ -152,6 +152,27 @@ def _interpolate(
     # Rounding must not carry a value past its ends: the peak is the peak.
     low, high = jnp.where(rising, start, end), jnp.where(rising, end, start)
     return jnp.where(value < low, low, jnp.where(value > high, high, value))
+
+
+def move(
+    start: jax.Array,
+    end: jax.Array,
+    shape: Shape,
+    elapsed: jax.Array,
+    steps: int | jax.Array,
+) -> jax.Array:
+    """The value ``elapsed`` steps, 0 to ``steps``, into a phase; exact at both ends."""
+    dtype = start.dtype
+    remaining = steps - elapsed
+    inside = (elapsed > 0) & (remaining > 0)
+    # At the ends a shape may have no derivative, so keep away from them.
+    length = jnp.maximum(steps, 1).astype(dtype)
+    fractions = (
+        jnp.where(inside, part.astype(dtype) / length, 0.5)
+        for part in (elapsed, remaining)
+    )
+    curve = _interpolate(start, end, shape, *fractions)
+    return jnp.where(inside, curve, jnp.where(elapsed > 0, end, start))
 
 
 def phase_schedule(
@@ -210,17 +231,17 @@ def phase_schedule(
         name = f"phases[{k}]"
         phase = phase._replace(steps=_checks.steps(f"{name}.steps", phase.steps))
         _checks.number(f"{name}.end_value", phase.end_value)
-        _check_shape(f"{name}.shape", phase.shape)
+        check_shape(f"{name}.shape", phase.shape)
         if phase.shape == "exponential" and phase.steps > 0:
-            _check_positive(start_name, start)
-            _check_positive(f"{name}.end_value", phase.end_value)
+            check_positive(start_name, start)
+            check_positive(f"{name}.end_value", phase.end_value)
         checked.append(phase)
         start_name, start = f"{name}.end_value", phase.end_value
     _checks.steps("phases", sum(phase.steps for phase in checked))
 
     def schedule(count: ArrayLike) -> jax.Array:
-        dtype = _float_dtype(init_value, *(phase.end_value for phase in checked))
-        count = _as_count(count, dtype)
+        dtype = float_dtype(init_value, *(phase.end_value for phase in checked))
+        count = as_count(count, dtype)
         begin = 0
         value = start = jnp.asarray(init_value, dtype)
         for phase in checked:
@@ -230,15 +251,8 @@ def phase_schedule(
             else:
                 # Subtract as integers: above 2**24 float32 no longer holds the count.
                 elapsed = jnp.clip(count, begin, begin + phase.steps) - begin
-                remaining = phase.steps - elapsed
-                inside = (elapsed > 0) & (remaining > 0)
-                # At the ends a shape may have no derivative, so keep away from them.
-                fractions = (
-                    jnp.where(inside, part.astype(dtype) / phase.steps, 0.5)
-                    for part in (elapsed, remaining)
-                )
-                curve = _interpolate(start, end, phase.shape, *fractions)
-                value = jnp.where(inside, curve, jnp.where(elapsed > 0, end, value))
+                moved = move(start, end, phase.shape, elapsed, phase.steps)
+                value = jnp.where(elapsed > 0, moved, value)
             begin += phase.steps
             start = end
         return jnp.broadcast_to(value, jnp.broadcast_shapes(count.shape, value.shape))
@@ -488,9 +502,9 @@ def cyclical_schedule(
     )
 
     def schedule(count: ArrayLike) -> jax.Array:
-        dtype = _float_dtype(base_value, peak_value)
+        dtype = float_dtype(base_value, peak_value)
         base, peak = jnp.asarray(base_value, dtype), jnp.asarray(peak_value, dtype)
-        count = jnp.maximum(_as_count(count, dtype), 0)
+        count = jnp.maximum(as_count(count, dtype), 0)
         step = count % (up + down)
         is_up = step <= up
         to_peak = jnp.where(is_up, up - step, step - up) / jnp.where(is_up, up, down)

@@ -106,6 +106,66 @@ def _cyclical(mode):
     return Schedule(f"cyclical-{mode}", make, 0.6, at, (0, 4, 10, 14, 20), total=None)
 
 
+def _warmup_stable_decay(shape):
+    named = quadratic if shape == "quadratic" else shape
+
+    def make(value):
+        return osc.warmup_stable_decay_schedule(
+            value,
+            TOTAL,
+            warmup_steps=4,
+            decay_steps=7,
+            init_value=0.01,
+            end_value=0.001,
+            shape=named,
+        )
+
+    def at(count):
+        return reference.warmup_stable_decay(
+            count, 0.3, TOTAL, 4, 7, 0.01, 0.001, shape
+        )
+
+    return Schedule(f"warmup_stable_decay-{shape}", make, 0.3, at, (0, 4, 13, TOTAL))
+
+
+def _cooled_onecycle(shape, end):
+    def make(value):
+        cycle = osc.onecycle_schedule(value, 2 * TOTAL, warmup_steps=6, end_value=0.01)
+        return osc.with_cooldown(cycle, TOTAL, 8, end_value=end, shape=shape)
+
+    def cycle(count):
+        return reference.onecycle(count, 0.3, 2 * TOTAL, 6, 0.3 / 25, 0.01, 0, "cosine")
+
+    def at(count):
+        return reference.cooled(count, cycle, TOTAL, 8, end, shape)
+
+    return Schedule(f"with_cooldown-{shape}-{end}", make, 0.3, at, (0, 6, 12, TOTAL))
+
+
+def _cooled_constant():
+    def make(value):
+        return osc.with_cooldown(value, TOTAL, TOTAL)
+
+    def at(count):
+        return reference.cooled(count, lambda t: 0.3, TOTAL, TOTAL, 0.0, "1-sqrt")
+
+    return Schedule("with_cooldown-constant", make, 0.3, at, (0, TOTAL))
+
+
+def _refined(optimizer, power):
+    norms = [4.0, 1.0, 2.0, 0.5, 1.0, 3.0]
+
+    def make(value):
+        return osc.refined_schedule(
+            norms, value, TOTAL, optimizer=optimizer, smoothing=0.0
+        )
+
+    def at(count):
+        return reference.refined_schedule(count, norms, power, 0.3, TOTAL)
+
+    return Schedule(f"refined-{optimizer}", make, 0.3, at, (0, 4, 8, 12, 16, TOTAL))
+
+
 SCHEDULES = [
     *(_onecycle(s) for s in reference.SHAPES),
     _onecycle("cosine", annihilation=4),
@@ -115,6 +175,12 @@ SCHEDULES = [
     _momentum(4),
     _phases(),
     *(_cyclical(mode) for mode in ("triangular", "triangular2", "exp_range")),
+    *(_warmup_stable_decay(shape) for shape in reference.SHAPES),
+    _cooled_onecycle("1-sqrt", 0.0),
+    _cooled_onecycle("exponential", 0.9),
+    _cooled_constant(),
+    _refined("adam", 1),
+    _refined("sgd", 2),
 ]
 
 
@@ -154,6 +220,15 @@ def linear_rate(count):
 
 def growing_decay(count):
     return 0.01 * (1 + count / 2)
+
+
+def _started(tx, cooldown_steps):
+    """A transformation that cools down from its first update on."""
+
+    def init_fn(params):
+        return osc.start_cooldown(tx.init(params), cooldown_steps)
+
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 THAW = 4
@@ -250,6 +325,21 @@ TRANSFORMS = [
         ),
     ),
     Transform(
+        "record_gradient_norms",
+        lambda value: optax.chain(
+            osc.record_gradient_norms(TOTAL, ord=2, num_samples=6),
+            osc.scale_by_learning_rate(value),
+        ),
+        0.1,
+        ("learning_rate",),
+        lambda p, g: reference.sgd(p, g, _constant(0.1), _constant(0.0)),
+        (
+            osc.record_gradient_norms,
+            {"total_steps": TOTAL, "ord": 2},
+            ("total_steps", "ord", "num_samples"),
+        ),
+    ),
+    Transform(
         "scale_by_group",
         lambda value: optax.chain(
             osc.scale_by_group({0: lambda t: value * moving(t), 1: 2.0}, by_name),
@@ -327,6 +417,118 @@ TRANSFORMS = [
             {"peak_learning_rate": 0.1, "total_steps": TOTAL, "freeze_steps": 2}
             | {"param_labels": head_is_kernel},
             ("total_steps", "freeze_steps", "param_labels"),
+        ),
+    ),
+    Transform(
+        "triggered_cooldown",
+        lambda value: osc.triggered_cooldown(lambda t: value * linear_rate(t)),
+        1.0,
+        ("cooldown", "learning_rate"),
+        lambda p, g: reference.sgd(p, g, linear_rate, _constant(0.0)),
+        (osc.triggered_cooldown, {"schedule": 0.1}, ()),
+    ),
+    Transform(
+        "start_cooldown",
+        lambda value: _started(
+            osc.triggered_cooldown(
+                lambda t: value * (1 + linear_rate(t)), end_value=0.01
+            ),
+            12,
+        ),
+        0.1,
+        ("cooldown", "learning_rate"),
+        lambda p, g: reference.sgd(
+            p,
+            g,
+            lambda t: reference.cooled(t, _constant(0.11), 12, 12, 0.01, "1-sqrt"),
+            _constant(0.0),
+        ),
+        (
+            lambda schedule: _started(osc.triggered_cooldown(schedule), 12),
+            {"schedule": 0.1},
+            (),
+        ),
+    ),
+    *(
+        Transform(
+            factory.__name__,
+            # Updates pass through, so that the average changes nothing.
+            lambda value, factory=factory, arguments=arguments: optax.chain(
+                osc.scale_by_learning_rate(lambda t: value * linear_rate(t)),
+                factory(**arguments),
+            ),
+            1.0,
+            ("learning_rate",),
+            lambda p, g: reference.sgd(p, g, linear_rate, _constant(0.0)),
+            (factory, arguments, ("start_step", "every", static)),
+        )
+        for factory, arguments, static in (
+            (
+                osc.average_params,
+                {"weight": 0.5, "accumulator_dtype": "bfloat16", "rounding_seed": 0},
+                "rounding_seed",
+            ),
+            (osc.ema_params, {"decay": 0.9, "start_step": 3}, "name"),
+            (osc.swa_params, {"start_step": 2, "every": 3}, "name"),
+            (osc.lawa_params, {"window": 3, "every": 2}, "window"),
+        )
+    ),
+    Transform(
+        "late_decay_sgd",
+        lambda value: osc.late_decay_sgd(
+            value,
+            TOTAL,
+            warmup_steps=4,
+            decay_steps=7,
+            end_learning_rate=0.001,
+            momentum=moving,
+            weight_decay=growing_decay,
+            weight_decay_mask=None,
+        ),
+        0.1,
+        ("weight_decay", "momentum", "cooldown", "learning_rate"),
+        lambda p, g: reference.sgd(
+            p,
+            g,
+            lambda t: reference.warmup_stable_decay(
+                t, 0.1, TOTAL, 4, 7, 0.0, 0.001, "1-sqrt"
+            ),
+            moving,
+            decay=growing_decay,
+            nesterov=True,
+        ),
+        (
+            osc.late_decay_sgd,
+            {"peak_learning_rate": 0.1, "total_steps": TOTAL, "decay_steps": 7},
+            ("total_steps", "warmup_steps", "decay_steps"),
+        ),
+    ),
+    Transform(
+        "late_decay_adamw",
+        lambda value: osc.late_decay_adamw(
+            value,
+            None,
+            warmup_steps=4,
+            init_learning_rate=0.01,
+            weight_decay=0.1,
+            weight_decay_mask=None,
+            average=osc.ema_params(0.9),
+        ),
+        0.1,
+        ("b1", "weight_decay", "cooldown", "learning_rate"),
+        lambda p, g: reference.adamw(
+            p,
+            g,
+            lambda t: min(0.01 + 0.09 * t / 4, 0.1),
+            _constant(0.9),
+            _constant(0.99),
+            decay=_constant(0.1),
+        ),
+        (
+            osc.late_decay_adamw,
+            {"peak_learning_rate": 0.1, "total_steps": None}
+            | {"average": osc.swa_params(1)},
+            ("total_steps", "warmup_steps", "average"),
         ),
     ),
 ]

@@ -125,6 +125,120 @@ def swa_schedule(count, start, lr, swa_lr):
     return lr * (1 - (1 - r) * (t - 0.5) / 0.4 if t <= 0.9 else r)
 
 
+def warmup_stable_decay(count, peak, total, warmup, decay, init, end, shape):
+    """Hu et al. (2024), with a decay that ends at ``total``."""
+    stable = (total - warmup - decay, peak, "linear")
+    return phases(count, init, [(warmup, peak, "linear"), stable, (decay, end, shape)])
+
+
+def cooled(count, schedule, total, cooldown, end, shape):
+    """Hägele et al. (2024): ``schedule`` up to the cooldown, then from where it is."""
+    begin = total - cooldown
+    if count <= begin:
+        return schedule(count)
+    fraction = min((count - begin) / cooldown, 1)
+    return SHAPES[shape](schedule(begin), end, fraction)
+
+
+def refined(norms, power):
+    """Defazio et al. (2023): w_t times the sum of the later w, over its maximum."""
+    later, rates = 0.0, []
+    for norm in reversed(norms):
+        rates.insert(0, norm**-power * later)
+        later += norm**-power
+    return np.array(rates) / max(rates)
+
+
+def refined_schedule(count, norms, power, peak, total):
+    """The refined rates at equal distances, and lines between."""
+    steps = np.linspace(0, total, len(norms))
+    return peak * np.interp(count, steps, refined(norms, power))
+
+
+def smoothed_norms(norms, fraction, samples=10_000):
+    """The paper's running median: trimmed, resampled, reflected at the end."""
+    norms = norms[2:-2]
+    if len(norms) < samples:
+        grid = np.linspace(0, 1, len(norms))
+        norms = np.interp(np.linspace(0, 1, samples), grid, norms)
+    half = math.floor(fraction * len(norms) / 2)
+    left = np.full(half, norms[0])
+    right = norms[-2::-1][: 2 * (2 * half + 1)]
+    signal = np.concatenate([left, norms, right])
+    windows = (signal[k : k + 2 * half + 1] for k in range(len(norms)))
+    return np.array([np.median(window) for window in windows])
+
+
+def transformers_wsd(
+    count, lr, total, warmup, decay, warmup_type="linear", decay_type="cosine",
+    min_lr_ratio=0.0, num_cycles=0.5,
+):  # fmt: skip
+    """The rate of transformers' get_wsd_schedule, by its documentation."""
+    stable = total - warmup - decay
+    if count < warmup:
+        up = count / warmup
+        factor = {
+            "linear": up,
+            "cosine": 0.5 * (1 - math.cos(math.pi * up)),
+            "1-sqrt": 1 - math.sqrt(1 - up),
+        }[warmup_type]
+    elif count < warmup + stable:
+        factor = 1.0
+    else:
+        down = min((count - warmup - stable) / decay, 1.0)
+        factor = {
+            "linear": 1 - down,
+            "cosine": 0.5 * (1 + math.cos(2 * math.pi * num_cycles * down)),
+            "1-sqrt": 1 - math.sqrt(down),
+        }[decay_type]
+    return lr * (min_lr_ratio + (1 - min_lr_ratio) * factor)
+
+
+def timm_wsd(count, lr, t_initial, decay_t, warmup_t, lr_min=0.0, decay_fn="1-sqrt"):
+    """The rate of timm's WSDLRScheduler with its constant stable phase."""
+    if count < warmup_t:
+        return lr * count / warmup_t
+    fraction = min(max(count - warmup_t - (t_initial - decay_t), 0) / decay_t, 1)
+    factor = {
+        "1-sqrt": 1 - math.sqrt(fraction),
+        "linear": 1 - fraction,
+        "exp": (0.1**fraction - 0.1) / 0.9,
+    }[decay_fn]
+    return lr_min + (lr - lr_min) * factor
+
+
+def maxtext_wsd(count, lr, total, warmup, decay, final, style="linear", tail=False):
+    """MaxText's WSD: at its end in the last of its steps, then 0 if more follow."""
+    if count >= total and tail:
+        return 0.0
+    if count < warmup:
+        return lr * count / warmup
+    fraction = min(max(count - (total - decay), 0) / (decay - 1), 1)
+    return SHAPES[style](lr, final, fraction)
+
+
+def levanter_wsd(count, lr, total, warmup, decay, min_lr_ratio=0.1):
+    """Levanter's linear decay in one cycle, by the milestones of its pieces."""
+    knots = [0, warmup, total - decay, total]
+    return np.interp(count, knots, [0.0, lr, lr, lr * min_lr_ratio])
+
+
+def minicpm_wsd(count, lr, total, warmup, decay, half_life):
+    """Hu et al. (2024), equation of WSD with f(s) = 0.5 ** (s / half_life)."""
+    if count < warmup:
+        return count / warmup * lr
+    return lr * 0.5 ** (max(count - (total - decay), 0) / half_life)
+
+
+def hagele_wsd(count, lr, total, warmup, decay):
+    """Hägele et al. (2024): their three pieces, with the 1-sqrt cooldown."""
+    if count < warmup:
+        return count / warmup * lr
+    if count <= total - decay:
+        return lr
+    return lr * (1 - math.sqrt((count - (total - decay)) / decay))
+
+
 # --- optimizers ----------------------------------------------------------------------
 
 
@@ -316,3 +430,41 @@ def spectra(n, rng):
         "identity": np.ones(n),
         "negative": -np.linspace(1.0, 2.0, n),
     }
+
+
+# --- cooldowns and averages ----------------------------------------------------------
+
+
+def plateau_step(losses, steps, rtol):
+    """The step at which the smoothed loss has not fallen for ``steps``, or None."""
+    mean = weight = 0.0
+    best, best_step = math.inf, 0
+    for count, loss in enumerate(losses):
+        if np.isfinite(loss):
+            weight += (1 - weight) / steps
+            mean += (loss - mean) / steps / weight
+            if best == math.inf or mean < best - rtol * abs(best):
+                best, best_step = mean, count
+        if best < math.inf and count - best_step >= steps:
+            return count
+    return None
+
+
+def average(samples, gains):
+    """The exponential average as a sum over samples, over the sum of its weights.
+
+    Kingma and Ba (2015), section 3: the weight of a sample is its gain (1 - beta),
+    times the betas of all later ones.
+    """
+    later = np.cumprod((1 - np.asarray(gains))[::-1])[::-1]
+    weights = np.asarray(gains) * np.append(later[1:], 1.0)
+    return np.tensordot(weights / weights.sum(), samples, axes=1)
+
+
+def polynomial_decay_average(samples, power):
+    """Shamir and Zhang (2013), section 4, from t = 1."""
+    mean = np.zeros_like(samples[0])
+    for t, sample in enumerate(samples, start=1):
+        share = (power + 1) / (t + power)
+        mean = (1 - share) * mean + share * sample
+    return mean

@@ -21,8 +21,12 @@ LAYERS = [
     {"_recipes"},
     {"_grid_test", "_threshold"},
     {"_suggestions"},
-    {"_momentum", "_groups", "_unfreezing", "_range_test", "_curvature"},
+    {
+        *("_momentum", "_groups", "_unfreezing", "_range_test", "_curvature"),
+        *("_refined", "_cooldown", "_averaging", "_batch_stats"),
+    },
     {"_hyperparams", "_labels", "_runs"},
+    {"_late_decay"},
     {"_schedules"},
     {"_checks"},
 ]

@@ -285,9 +285,13 @@ def test_airbench_triangle():
 # --- the table of docs/schedules.md, as it stands there -------------------------------
 
 T, m, p, b, u, W, S, r = 100, 0.2, 0.3, 0.01, 7, 29, 50, 0.05
+D, q, h = 20, 0.1, 6.0
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "schedules.md"
 ROWS = re.findall(r"^\| (.*) \| `(.*)` \|$", DOCUMENT.read_text(), flags=re.M)
 TORCH = {"pct_start": p, "anneal": reference.cosine}
+WSD = {"lr": m, "total": T, "warmup": W, "decay": D}
+HF = {**WSD, "min_lr_ratio": q}
+TIMM = {"lr": m, "t_initial": T - W, "decay_t": D, "warmup_t": W, "lr_min": q * m}
 THERE = [  # In the order of the rows: count -> value, and how far it is defined.
     (lambda t: reference.torch_onecycle(t, m, T, **TORCH), T),
     (lambda t: reference.torch_onecycle(t, m, T, p, reference.linear), T),
@@ -304,6 +308,20 @@ THERE = [  # In the order of the rows: count -> value, and how far it is defined
     (lambda t: reference.sgdr(t, m, b, 10, 2), 70),
     (lambda t: reference.swa_schedule(t, S, m, r), 2 * S),
     (lambda t: m * min(t / W, (T - t) / (T - W)), T),
+    (lambda t: reference.transformers_wsd(t, **HF), 2 * T),
+    (lambda t: reference.transformers_wsd(t, **HF, decay_type="linear"), 2 * T),
+    (lambda t: reference.transformers_wsd(t, **HF, decay_type="1-sqrt"), 2 * T),
+    (lambda t: reference.transformers_wsd(t, **HF, warmup_type="cosine"), 2 * T),
+    (lambda t: reference.transformers_wsd(t, **HF, warmup_type="1-sqrt"), 2 * T),
+    (lambda t: reference.timm_wsd(t, **TIMM), 2 * T),
+    (lambda t: reference.timm_wsd(t, **TIMM, decay_fn="linear"), 2 * T),
+    (lambda t: reference.timm_wsd(t, **TIMM, decay_fn="exp"), 2 * T),
+    (lambda t: reference.maxtext_wsd(t, **WSD, final=q * m), 2 * T),
+    (lambda t: reference.maxtext_wsd(t, **WSD, final=q * m, style="cosine"), T),
+    (lambda t: reference.maxtext_wsd(t, **WSD, final=q * m, tail=True), 2 * T),
+    (lambda t: reference.levanter_wsd(t, **WSD, min_lr_ratio=q), 2 * T),
+    (lambda t: reference.minicpm_wsd(t, **WSD, half_life=h), T),
+    (lambda t: reference.hagele_wsd(t, **WSD), T),
 ]
 
 
@@ -313,6 +331,7 @@ THERE = [  # In the order of the rows: count -> value, and how far it is defined
 def test_each_row_of_the_document(row, there):
     names = {name: getattr(osc, name) for name in osc.__all__}
     dials = {"T": T, "m": m, "p": p, "b": b, "u": u, "W": W, "S": S, "r": r}
+    dials |= {"D": D, "q": q, "h": h}
     schedule = eval(row[1], names | dials)
     expected, length = there
     np.testing.assert_allclose(

@@ -1,0 +1,563 @@
+"""Does one run at a constant rate, with cooldowns, replace a tuned run per length?
+
+Hägele et al. (2024) and MiniCPM (Hu et al., 2024) say so: a cooldown over the last 20 %
+of the steps gives what a cosine that was tuned for this length gives, so that one run,
+tuned once, serves all lengths. Here on a ResNet-9 and CIFAR-10 (16x16 pixels): per seed
+one open-ended ``late_decay_sgd`` to the longest length, off whose stored states
+``start_cooldown`` forks cooldowns of 5, 10, 20 and 50 % of each of three lengths,
+against a cosine to zero and ``onecycle_sgd``, each of which is run anew per length. All
+have the same weight decay and the same batches per seed, augmented, and but for the one
+cycle the same momentum and steps of warm-up.
+
+    python benchmarks/late_decay_training.py [--smoke] [--data CIFAR10] [--out FOLDER]
+
+About 40 minutes on two cores; what an interruption leaves is not run again. The peak
+rate is the best of the same grid for all, by the mean accuracy of the final weights
+over tuning seeds, which are not reported, on images that are not reported: cosine and
+one cycle are tuned at each length, the constant rate once, by the 20 % cooldown of the
+longest. Averages of the weights (an exponential one over the last 7 to 12 % of the
+steps, LAWA over 5 snapshots) were fixed beforehand; they are evaluated with batch
+statistics recalibrated on 2000 training images, and so are, to tell both effects apart,
+the last weights. Differences are paired within a seed.
+
+Two pictures: accuracy and loss over the steps, and, after
+Ren, Ma and Ying (2024), the run and branches that drop the rate in the plane of their
+two main directions, over train and test loss.
+
+Without CIFAR-10, a small MLP with batch norm learns scikit-learn's digits, in a minute.
+"""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import data
+import harness
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import optax
+import tasks
+from flax import nnx
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+import optax_superconv as osc
+
+NUM_SEEDS, NUM_TUNING_SEEDS = 5, 2
+RATES = [0.05, 0.1, 0.2, 0.4, 0.8]
+PERCENTS = (5, 10, 20, 50)
+TUNED = 20  # Of these, the cooldown that the constant rate is chosen by.
+WEIGHT_DECAY = 5e-4
+WEIGHTS = ("last", "recalibrated", "ema", "lawa")
+# Modules that are not used here.
+OTHERS = ("groups", "overhead", "plotting", "range_test_quality", "transfer")
+
+
+class Setup(NamedTuple):
+    """What is trained, on what, for how long.
+
+    Attributes:
+      task: Its held-out images are those that rates are chosen by.
+      test: Images that are reported.
+      lengths: Of the runs, in steps.
+      warmup_steps: Of all rates but the one cycle's.
+      chunk: Steps of one call; a divisor of all lengths, cooldowns and warm-ups.
+    """
+
+    task: tasks.Task
+    test: data.Batch
+    lengths: tuple[int, ...]
+    warmup_steps: int
+    chunk: int
+
+
+def cifar10(path: pathlib.Path) -> Setup:
+    images, test = data.load_cifar10(path, num_train=20_000, side=16)
+    name = "JPEG CIFAR-10" if path.suffix == ".npz" else "CIFAR-10"
+    task = tasks.Task(
+        f"{name} 16x16, ResNet-9",
+        lambda rngs: networks.ResNet9(4, rngs=rngs),
+        tasks.cross_entropy,
+        (images[0][:10_000], images[1][:10_000]),
+        (images[0][10_000:], images[1][10_000:]),
+        64,
+        2400,
+        data.flip_and_shift,
+    )
+    return Setup(task, test, (600, 1200, 2400), 90, 30)
+
+
+def digits(smoke: bool) -> Setup:
+    def mlp(rngs: nnx.Rngs) -> nnx.Module:
+        return nnx.Sequential(
+            nnx.Linear(64, 32, rngs=rngs),
+            nnx.BatchNorm(32, momentum=0.9, rngs=rngs),
+            nnx.relu,
+            nnx.Linear(32, 10, rngs=rngs),
+        )
+
+    train, others = data.split(*data.load_digits(), 800)
+    held_out, test = (
+        (others[0][part], others[1][part]) for part in np.split(np.arange(997), [400])
+    )
+    lengths, warmup_steps, chunk = ((20,), 4, 1) if smoke else ((100, 200), 20, 5)
+    task = tasks.Task(
+        "digits, MLP", mlp, tasks.cross_entropy, train, held_out, 32, lengths[-1]
+    )
+    return Setup(task, test, lengths, warmup_steps, chunk)
+
+
+# --- optimizers -----------------------------------------------------------------------
+
+
+def averages(setup: Setup) -> optax.GradientTransformation:
+    """The last n steps of (n ** 2/3), and the last five snapshots."""
+    every = setup.chunk
+    return optax.chain(
+        osc.ema_params(0.999, warmup=2 / 3),
+        osc.lawa_params(5, every=every, start_step=every - 1),
+    )
+
+
+def make_tx(
+    setup: Setup, schedule: str, num_steps: int, rate: Any
+) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum, whose rate is constant, a cosine, or one cycle."""
+    if schedule == "one-cycle":
+        one_cycle = osc.onecycle_sgd(rate, num_steps, weight_decay=WEIGHT_DECAY)
+        return optax.chain(one_cycle, averages(setup))
+    sgd = functools.partial(
+        osc.late_decay_sgd,
+        rate,
+        warmup_steps=setup.warmup_steps,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=WEIGHT_DECAY,
+        average=averages(setup),
+    )
+    if schedule == "constant":
+        return sgd(None)
+    # A cosine is a decay that begins at once.
+    decay_steps = num_steps - setup.warmup_steps
+    return sgd(num_steps, decay_steps=decay_steps, shape="cosine")
+
+
+# --- training -------------------------------------------------------------------------
+
+Key = tuple[str, int]  # schedule and length of what is tuned
+Fork = tuple[int, int]  # step at which a cooldown begins, and its length; 0: none
+
+
+def arm_name(percent: int) -> str:
+    return f"{percent} % cooldown" if percent else "constant"
+
+
+def forks(key: Key, lengths: Iterable[int], percents: Iterable[int]) -> dict[str, Fork]:
+    """What is measured on runs of one schedule: ``"arm, length"`` to fork."""
+    schedule, length = key
+    if schedule != "constant":
+        return {f"{schedule}, {length}": (length, 0)}
+    return {
+        f"{arm_name(percent)}, {length}": (length - steps, steps)
+        for length in lengths
+        for percent in percents
+        for steps in [length * percent // 100]
+    }
+
+
+def cool_down(state: Any, num_steps: int) -> Any:
+    params, other, opt_state = state
+    return params, other, osc.start_cooldown(opt_state, num_steps)
+
+
+class Runner(NamedTuple):
+    """Runs with one schedule.
+
+    Attributes:
+      setup: What is trained.
+      make_tx: ``rate -> optimizer``.
+      training: Jitted functions of both.
+      start: ``seed -> state``, for any optimizer; it takes as long to compile as a run.
+    """
+
+    setup: Setup
+    make_tx: Callable[[Any], optax.GradientTransformation]
+    training: tasks.Training
+    start: Callable[[int], Any]
+
+    def begin(self, seed: int) -> Any:
+        params, other, _ = self.start(seed)
+        return params, other, self.make_tx(1.0).init(params)
+
+    def advance(self, state: Any, rate: float, seed: int, begin: int, end: int) -> Any:
+        """From step to step; a step's batch is the seed's, whatever ran before."""
+        chunk, longest = self.setup.chunk, self.setup.lengths[-1]
+        assert (end - begin) % chunk == 0
+        order = tasks.batch_indices(self.setup.task, 2 * longest, seed)
+        for k in range(begin, end, chunk):
+            state, _ = self.training.run(
+                state, np.float32(rate), order[k : k + chunk], seed * 10**6 + k
+            )
+        return state
+
+    def branches(
+        self,
+        rate: float,
+        seed: int,
+        points: Mapping[str, Fork],
+        measure: Callable[[Any], Any],
+    ) -> dict[str, Any]:
+        """What ``measure`` gives at the ends of cooldowns off one and the same run."""
+        state, at, found = self.begin(seed), 0, {}
+        for name, (begin, steps) in sorted(points.items(), key=lambda p: p[1]):
+            state = self.advance(state, rate, seed, at, begin)
+            at, branch = begin, state
+            if steps:
+                branch = cool_down(state, steps)
+                branch = self.advance(branch, rate, seed, begin, begin + steps)
+            found[name] = measure(branch)
+        return found
+
+
+def make_runners(setup: Setup, keys: Iterable[Key]) -> dict[Key, Runner]:
+    start = tasks.make_training(setup.task, lambda rate: optax.identity()).start
+    makers = {key: functools.partial(make_tx, setup, *key) for key in keys}
+    return {
+        key: Runner(setup, maker, tasks.make_training(setup.task, maker), start)
+        for key, maker in makers.items()
+    }
+
+
+class Tester:
+    """Measures weights: accuracy in % and loss."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.model = setup.task.make_model(nnx.Rngs(0))
+        self.graph = nnx.graphdef(self.model)
+        self.score = jax.jit(self._score)
+
+    def _score(self, params: Any, other: Any, batch: data.Batch) -> jax.Array:
+        def forward(image: jax.Array) -> jax.Array:
+            model = nnx.merge(self.graph, params, other, copy=True)
+            model.eval()
+            return model(image[None])[0]
+
+        logits = lax.map(forward, batch[0], batch_size=500)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+        accuracy = 100 * jnp.mean(logits.argmax(-1) == batch[1])
+        return jnp.stack([accuracy, losses.mean()])
+
+    def last(self, state: Any) -> np.ndarray:
+        """On the images that rates are chosen by."""
+        return np.asarray(self.score(*state[:2], self.setup.task.held_out))
+
+    def all(self, state: Any) -> dict[str, np.ndarray]:
+        """On the images that are reported, of ``WEIGHTS``."""
+        params, other, opt_state = state
+        images = self.setup.task.train[0][:2000]
+        batches = [images[k : k + 500] for k in range(0, len(images), 500)]
+        scores = {}
+        for name in WEIGHTS:
+            if name in ("ema", "lawa"):
+                params = osc.eval_params(opt_state, state[0], name=name)
+            if name != "last":
+                other = osc.recalibrate_batch_stats(
+                    self.model, params, batches, num_passes=1
+                )
+            scores[name] = np.asarray(self.score(params, other, self.setup.test))
+        return scores
+
+
+# --- the plane ------------------------------------------------------------------------
+
+
+def main_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centre of (n, d) points, (2, d) main directions, their shares of the variance."""
+    centre = points.mean(0)
+    _, scales, directions = np.linalg.svd(points - centre, full_matrices=False)
+    return centre, directions[:2], scales[:2] ** 2 / np.sum(scales**2)
+
+
+def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
+    """A run, and branches that drop its rate, in the plane of their two directions.
+
+    Losses are on 2000 images of each kind, with the batch statistics of these images.
+    """
+    setup = runner.setup
+    length, chunk = setup.lengths[-1], setup.chunk
+    cooldown, *at = (length * k // 8 // chunk * chunk for k in (1, 1, 2, 3, 4, 6, 8))
+    state = runner.begin(seed)
+    other = state[1]
+    unravel = ravel_pytree(state[0])[1]
+
+    def follow(state: Any, begin: int, end: int) -> tuple[Any, np.ndarray]:
+        """Weights before, and after every second chunk."""
+        points = [ravel_pytree(state[0])[0]]
+        for k in range(begin, end, 2 * chunk):
+            state = runner.advance(state, rate, seed, k, min(k + 2 * chunk, end))
+            points.append(ravel_pytree(state[0])[0])
+        return state, np.array(points)
+
+    state = runner.advance(state, rate, seed, 0, at[0])
+    path, branches = [], []
+    for begin, end in zip(at, [*at[1:], length], strict=True):
+        branch = cool_down(state, cooldown)
+        branches.append(follow(branch, begin, begin + cooldown)[1])
+        state, points = follow(state, begin, end)
+        path.append(points)
+    centre, directions, shares = main_plane(np.concatenate([*path, *branches]))
+    path, *branches_in_plane = [
+        (points - centre) @ directions.T for points in (np.concatenate(path), *branches)
+    ]
+    drawn = np.concatenate([path, *branches_in_plane])
+    low, high = drawn.min(0), drawn.max(0)
+    margin = 0.15 * (high - low)
+    axes = np.linspace(low - margin, high + margin, 21).T  # (2, 21)
+    grid = np.stack(np.meshgrid(*axes), -1).reshape(-1, 2) @ directions + centre
+    batches = [(x[:2000], y[:2000]) for x, y in (setup.task.train, setup.test)]
+
+    @jax.jit
+    def losses_at(weights: jax.Array) -> jax.Array:
+        params = unravel(weights)
+        return jnp.stack([runner.training.loss_fn(params, other, b) for b in batches])
+
+    losses = np.array([losses_at(weights) for weights in grid])
+    return {
+        "shares": shares,
+        "axes": axes,
+        "train": losses[:, 0].reshape(21, 21),
+        "test": losses[:, 1].reshape(21, 21),
+        "path": path,
+        "branches": branches_in_plane,
+        "at": at,
+        # Of the weights, off the plane: (branch, before and after, train and test).
+        "losses": [[losses_at(branch[k]) for k in (0, -1)] for branch in branches],
+    }
+
+
+# --- what comes out -------------------------------------------------------------------
+
+Scores = dict[str, dict[str, np.ndarray]]  # "arm, length", weights: (seeds, 2)
+
+
+def with_error(differences: np.ndarray, digits: int = 2) -> str:
+    """Mean ± standard error."""
+    n = len(differences)
+    error = differences.std(ddof=1) / n**0.5 if n > 1 else np.nan
+    return f"{differences.mean():+.{digits}f} ± {error:.{digits}f}"
+
+
+def best_rate(tuning: np.ndarray, rates: Sequence[float]) -> float:
+    """By mean accuracy, of (rates, seeds, accuracy and loss)."""
+    return rates[int(tuning[..., 0].mean(1).argmax())]
+
+
+def table(
+    scores: Scores,
+    lengths: Sequence[int],
+    best: Mapping[Key, float],
+    rates: Sequence[float],
+) -> list[dict[str, Any]]:
+    """A row per length and arm."""
+    arms = list(dict.fromkeys(name.split(", ")[0] for name in scores))
+    rows = []
+    for length, arm in itertools.product(lengths, arms):
+        weights = scores[f"{arm}, {length}"]
+        accuracy, loss = weights["last"].T
+        less = (weights["last"] - scores[f"cosine, {length}"]["last"]).T
+        rate = best.get((arm, length), best["constant", lengths[-1]])
+        at_edge = rate in (rates[0], rates[-1])
+        row = {
+            "steps": length,
+            "arm": arm,
+            "peak rate": f"{rate:g}" + " (edge)" * at_edge,
+            "accuracy (%)": harness.mean_and_std(accuracy),
+            "less cosine": "" if arm == "cosine" else with_error(less[0]),
+            "loss": harness.mean_and_std(loss, 3).split(" (")[0],
+            "less cosine's": "" if arm == "cosine" else with_error(less[1], 3),
+        }
+        for name in WEIGHTS[1:]:
+            row[name] = with_error(weights[name][:, 0] - accuracy)
+        rows.append(row)
+    return rows
+
+
+def costs(lengths: Sequence[int], num_tuning: int, num_seeds: int) -> list[int]:
+    """Steps in all: of a tuned run per length, and of one run and its cooldowns."""
+    cooldowns = [n * TUNED // 100 for n in lengths]
+    one_run = lengths[-1] - cooldowns[-1] + sum(cooldowns)
+    return [
+        (num_tuning + num_seeds) * sum(lengths),
+        num_tuning * lengths[-1] + num_seeds * one_run,
+    ]
+
+
+def draw_lengths(setup: Setup, scores: Scores, path: pathlib.Path) -> None:
+    """Accuracy and loss over the steps of a run, mean and standard error."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    arms = dict.fromkeys(name.split(", ")[0] for name in scores)
+    lines = [(arm, "last") for arm in arms] + [("constant", k) for k in WEIGHTS[2:]]
+    styles = {"cosine": "ks-", "one-cycle": "ks--"}
+    for k, (arm, weights) in enumerate(lines):
+        values = np.stack([scores[f"{arm}, {n}"][weights] for n in setup.lengths])
+        mean, seeds = values.mean(1), values.shape[1]
+        error = values.std(1) / max(seeds - 1, 1) ** 0.5
+        steps = np.array(setup.lengths) * 1.01 ** (k - len(lines) / 2)  # Side by side.
+        style = styles.get(arm, "o-" if weights == "last" else "o:")
+        label = arm if weights == "last" else f"{arm}, {weights}"
+        for ax, y, bar in zip(axes, mean.T, error.T, strict=True):
+            ax.errorbar(steps, y, bar, fmt=style, markersize=4, label=label)
+    for ax, what in zip(axes, ("test accuracy (%)", "test loss"), strict=True):
+        ax.set(xscale="log", xlabel="steps of the run", ylabel=what)
+        ax.set_xticks(setup.lengths, list(map(str, setup.lengths)))
+        ax.minorticks_off()
+    axes[0].legend(fontsize="small")
+    figure.suptitle(f"{setup.task.name}: mean ± s.e. of {seeds} seeds")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_plane(setup: Setup, found: Mapping[str, Any], path: pathlib.Path) -> None:
+    """The main path and its branches over both losses."""
+    from matplotlib import pyplot as plt
+
+    shape: Any = {"figsize": (12.5, 5.4), "layout": "constrained"}
+    figure, axes = plt.subplots(1, 2, sharex=True, sharey=True, **shape)
+    losses = np.array(found["losses"], float)
+    shares = [f"{100 * share:.0f} % of the variance" for share in found["shares"]]
+    for k, (ax, part) in enumerate(zip(axes, ("train", "test"), strict=True)):
+        grid = np.array(found[part], float)
+        levels = np.geomspace(np.nanmin(grid), np.nanmax(grid), 20)
+        filled = ax.contourf(*found["axes"], grid, levels)
+        figure.colorbar(filled, ax=ax, format="%.2f")
+        ax.plot(*np.transpose(found["path"]), "w.-", linewidth=1, label="constant rate")
+        for n, branch in enumerate(found["branches"]):
+            before, after = losses[n, :, k]
+            label = f"cooldown at {found['at'][n]}: {before:.2f} to {after:.2f}"
+            ax.plot(*np.transpose(branch), color=f"C{n + 1}", label=label)
+            ax.plot(*branch[-1], "*", color=f"C{n + 1}", markersize=12)
+        ax.set(title=f"{part} loss", xlabel=f"first direction, {shares[0]}")
+        ax.legend(fontsize="x-small", facecolor="0.8")
+    axes[0].set_ylabel(f"second direction, {shares[1]}")
+    figure.suptitle(f"{setup.task.name}: one run and cooldowns, in its main plane")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    args = harness.parse_args(__doc__, data="CIFAR-10: an .npz of JPEGs or the archive")
+    rates, seeds = RATES, range(100, 100 + NUM_SEEDS)
+    tuning_seeds = range(1000, 1000 + NUM_TUNING_SEEDS)
+    if args.smoke:
+        rates, seeds, tuning_seeds = rates[1:3], seeds[:2], tuning_seeds[:1]
+        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
+    setup = digits(args.smoke) if args.data is None else cifar10(args.data)
+    kind = "smoke" if args.smoke else "digits" if args.data is None else "cifar10"
+    schedules = ("cosine",) if args.smoke else ("cosine", "one-cycle")
+    parts = args.out / "parts" / "late_decay_training" / kind
+    lengths = setup.lengths
+    # Long runs first; neighbours, which run together, are different programs.
+    constant = "constant", lengths[-1]
+    keys = [(k, n) for n in lengths[::-1] for k in schedules]
+    keys.insert(1, constant)
+    runners = make_runners(setup, keys)
+    tester = Tester(setup)
+    tuning = [(key, r, s) for r in rates for s in tuning_seeds for key in keys]
+    jobs: list[tuple[Key, int | None]] = [(constant, None)]  # The plane.
+    jobs += [(key, seed) for key in keys for seed in seeds]
+    with harness.progress(len(tuning) + len(jobs)) as begin:
+
+        def part(name: str, compute: Callable[[], Any]) -> Any:
+            begin(name)
+            path = parts / f"{name.replace(' ', '_')}.json"
+            return harness.resumable(path, compute, without=OTHERS)
+
+        def tune(job: tuple[Key, float, int]) -> Any:
+            key, rate, seed = job
+            points = forks(key, lengths, [TUNED])
+            return part(
+                "{} {}, {:g}, seed {}".format(*key, rate, seed),
+                lambda: runners[key].branches(rate, seed, points, tester.last),
+            )
+
+        def measure(job: tuple[Key, int | None]) -> Any:
+            key, seed = job
+            runner, rate = runners[key], best[key]
+            if seed is None:
+                return part("plane", lambda: plane(runner, rate, seeds[0]))
+            points = forks(key, lengths, [0, *PERCENTS])
+            return part(
+                "{} {}, seed {}".format(*key, seed),
+                lambda: runner.branches(rate, seed, points, tester.all),
+            )
+
+        tuned = dict(zip(tuning, harness.in_threads(tune, tuning), strict=True))
+        grids = {
+            f"{key[0]}, {length}": np.array(
+                [[tuned[key, r, s][name] for s in tuning_seeds] for r in rates], float
+            )
+            for key in keys
+            for name in forks(key, lengths, [TUNED])
+            for length in [int(name.split(", ")[1])]
+        }
+        best = {key: best_rate(grids["{}, {}".format(*key)], rates) for key in keys}
+        measured = dict(zip(jobs, harness.in_threads(measure, jobs), strict=True))
+
+    scores: Scores = {
+        name: {
+            weights: np.array([measured[key, s][name][weights] for s in seeds], float)
+            for weights in WEIGHTS
+        }
+        for key in sorted(keys, key=lambda key: key[0] == "constant")
+        for name in forks(key, lengths, [0, *PERCENTS])
+    }
+    rows = table(scores, lengths, best, rates)
+    separate, together = costs(lengths, len(rates) * len(tuning_seeds), len(seeds))
+    headline = [
+        with_error(
+            scores[f"{arm_name(TUNED)}, {n}"]["last"][:, 0]
+            - scores[f"cosine, {n}"]["last"][:, 0]
+        )
+        for n in lengths
+    ]
+    harness.report(
+        "late_decay_training",
+        f"{setup.task.name}, batches of {setup.task.batch_size}: mean ± s.d. (n), "
+        "differences ± s.e.; recalibrated, ema, lawa: accuracy less that of the last "
+        "weights with their running statistics. Steps in all, tuning "
+        f"included: {separate:,} of cosine, {together:,} of {arm_name(TUNED)}s",
+        rows,
+        {
+            "rates": rates,
+            "tuning": grids,
+            "scores": scores,
+            "plane": measured[constant, None],
+        },
+        args.out,
+        {
+            "question": "Does one run with cooldowns replace a cosine per length?",
+            "arms": f"{TUNED} % cooldown less cosine",
+            "steps": ", ".join(map(str, lengths)),
+            "mean ± std (n)": ", ".join(headline)
+            + f" points of accuracy (± s.e., n={len(seeds)})",
+            "cost": f"{together / separate:.2f} of the steps, with tuning",
+            "command": "python benchmarks/late_decay_training.py"
+            + (" --data CIFAR10" if args.data else ""),
+        },
+    )
+    import matplotlib
+
+    matplotlib.use("Agg")
+    draw_lengths(setup, scores, args.out / "late_decay_training.png")
+    draw_plane(setup, measured[constant, None], args.out / "late_decay_plane.png")
+
+
+if __name__ == "__main__":
+    main()

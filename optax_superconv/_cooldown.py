@@ -1,0 +1,387 @@
+"""When does the decay begin, if that is decided while the run goes on?
+
+A rate that has been decayed cannot be raised again, so the time of the decay is best
+decided late: when the loss no longer falls, the data run out, or a result is due. Start
+and length of the cooldown are therefore data in the optimizer's state: nothing is
+traced again, checkpoints carry the decision, and one state may be forked into cooldowns
+of several lengths by ``jax.vmap``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import KeyPath, keystr, tree_map_with_path
+from jax.typing import ArrayLike
+
+from optax_superconv import _checks
+from optax_superconv._hyperparams import (
+    AppliedHyperparams,
+    array_of,
+    find_states,
+    scale,
+    states_in,
+    value_at,
+)
+from optax_superconv._schedules import Shape, check_positive, check_shape, move
+
+_NEVER = _checks.MAX_STEPS
+
+
+class PlateauState(NamedTuple):
+    """What a plateau trigger has seen of the loss."""
+
+    mean: jax.Array  # (), float32; running mean of the losses
+    weight: jax.Array  # (), float32; the running mean of a constant 1
+    best: jax.Array  # (), float32; the lowest mean by more than the tolerance
+    best_step: jax.Array  # (), int32
+
+
+class TriggeredCooldownState(NamedTuple):
+    """State of :func:`triggered_cooldown`."""
+
+    count: jax.Array  # type: ignore[assignment]  # (), int32
+    start_step: jax.Array  # (), int32; the last int32 before the trigger
+    cooldown_steps: jax.Array  # (), int32; 0 before the trigger
+    plateau: PlateauState
+    applied: AppliedHyperparams  # cooldown, learning_rate
+
+
+def _observe(
+    plateau: PlateauState, value: Any, count: jax.Array, steps: int, rtol: ArrayLike
+) -> PlateauState:
+    """The state after another loss; one that is not finite is left out."""
+    if value is None:
+        raise ValueError(
+            "`value` must be given to `update` for a plateau trigger (the loss of the "
+            "step, `tx.update(grads, state, params, value=loss)`), got None."
+        )
+    loss = jnp.asarray(value, jnp.float32)
+    _checks.require(
+        loss.ndim == 0, "value", "a single number", f"an array of shape {loss.shape}"
+    )
+    gain = jnp.float32(1 / steps)
+    weight = plateau.weight + gain * (1 - plateau.weight)
+    mean = plateau.mean + gain / weight * (loss - plateau.mean)
+    tolerance = jnp.asarray(rtol, jnp.float32) * jnp.abs(plateau.best)
+    better = mean < plateau.best - tolerance
+    # An infinite best is no loss yet, and its tolerance is no number.
+    better = better | jnp.isinf(plateau.best)
+    seen = PlateauState(
+        mean,
+        weight,
+        jnp.where(better, mean, plateau.best),
+        jnp.where(better, count, plateau.best_step),
+    )
+    return jax.tree.map(
+        lambda new, old: jnp.where(jnp.isfinite(loss), new, old), seen, plateau
+    )
+
+
+def triggered_cooldown(
+    schedule: optax.ScalarOrSchedule,
+    *,
+    end_value: ArrayLike = 0.0,
+    shape: Shape = "1-sqrt",
+    plateau_steps: int | None = None,
+    plateau_cooldown_steps: int | None = None,
+    plateau_rtol: ArrayLike = 0.01,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales updates by minus the learning rate, which decays when you say so.
+
+    Stands where ``optax.scale_by_learning_rate`` would, at the end of a chain. The rate
+    follows ``schedule`` until :func:`start_cooldown` is called on the state. From the
+    next update on, step k, it falls from its value there to ``end_value`` in the n
+    steps that the call asked for,
+
+    .. math:: \eta_t = E + (\eta_k - E)\, g\Big(\frac{k + n - t}{n}\Big),
+
+    and stays there. That is the rate of ``with_cooldown(schedule, k + n, n)``, as if it
+    had been planned from the start.
+
+    With ``plateau_steps`` the cooldown also starts by itself, when the smoothed loss
+    has been flat for so many updates. This rule is ours and not a paper's. The loss is
+    smoothed by a running mean over about ``plateau_steps`` updates (debiased, decay
+    1 - 1 / ``plateau_steps``); it is flat while it does not fall by more than
+    ``plateau_rtol`` of its lowest value. Losses that are not finite are left out.
+
+    Args:
+      schedule: The rate before the cooldown: a number, or ``count -> rate``, such as a
+        warm-up that ends in a constant.
+      end_value: Rate at the end of the cooldown, finite.
+      shape: Of the cooldown; see :class:`Phase`. ``"exponential"`` needs an
+        ``end_value`` above 0.
+      plateau_steps: Updates without progress that start the cooldown, at least 1; None
+        leaves the start to :func:`start_cooldown`. Each update then needs the loss:
+        ``tx.update(grads, state, params, value=loss)``.
+      plateau_cooldown_steps: Steps of the cooldown that a plateau starts, at least 1.
+      plateau_rtol: Fall of the smoothed loss, relative to its lowest value, that counts
+        as progress; at least 0.
+
+    Returns:
+      The transformation. :func:`read_hyperparams` reads ``learning_rate`` and
+      ``cooldown``, the fraction of the cooldown that is over: 0 before it, 1 after it.
+
+    Raises:
+      ValueError: If a value is not finite, a number of steps below 1, the shape unknown
+        or ``"exponential"`` with an end of 0, or only one of ``plateau_steps`` and
+        ``plateau_cooldown_steps`` given; in ``update``, if a plateau trigger gets no
+        ``value``.
+      TypeError: For an argument of the wrong kind.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_superconv as osc
+      >>> tx = optax.chain(
+      ...     optax.scale_by_adam(), osc.triggered_cooldown(0.1, shape="linear"))
+      >>> params = jnp.ones(3)
+      >>> state = tx.init(params)
+      >>> for step in range(6):
+      ...     if step == 2:
+      ...         state = osc.start_cooldown(state, 4)
+      ...     updates, state = tx.update(params, state, params)
+      ...     applied = osc.read_hyperparams(state)
+      ...     print(*(round(float(value), 3) for value in applied.values()))
+      0.0 0.1
+      0.0 0.1
+      0.0 0.1
+      0.25 0.075
+      0.5 0.05
+      0.75 0.025
+
+    References:
+      Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+      Durations <https://arxiv.org/abs/2405.18392>`_, 2024, section 3;
+      Ren, Ma and Ying, `Understanding the Generalization Benefits of Late Learning Rate
+      Decay <https://arxiv.org/abs/2401.11600>`_, 2024.
+    """
+    _checks.number_or_schedule("schedule", schedule)
+    _checks.number("end_value", end_value)
+    check_shape("shape", shape)
+    if shape == "exponential":
+        check_positive("end_value", end_value)
+        if not callable(schedule):
+            check_positive("schedule", schedule)
+    _checks.number(
+        "plateau_rtol", plateau_rtol, "finite and at least 0", _checks.non_negative
+    )
+    for name, steps, other, given in (
+        ("plateau_steps", plateau_steps, "plateau_cooldown_steps",
+         plateau_cooldown_steps),
+        ("plateau_cooldown_steps", plateau_cooldown_steps, "plateau_steps",
+         plateau_steps),
+    ):  # fmt: skip
+        if steps is not None:
+            _checks.steps(name, steps, at_least=1)
+        _checks.require(
+            steps is not None or given is None, name, f"given with `{other}`", steps
+        )
+
+    def init_fn(params: optax.Params) -> TriggeredCooldownState:
+        del params
+        zero, nothing = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
+        return TriggeredCooldownState(
+            zero,
+            jnp.full([], _NEVER, jnp.int32),
+            jnp.zeros([], jnp.int32),
+            PlateauState(
+                nothing,
+                jnp.zeros([], jnp.float32),
+                jnp.full([], math.inf, jnp.float32),
+                jnp.zeros([], jnp.int32),
+            ),
+            AppliedHyperparams(
+                {
+                    "cooldown": jnp.zeros([], jnp.float32),
+                    "learning_rate": value_at(schedule, zero),
+                }
+            ),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: TriggeredCooldownState,
+        params: optax.Params | None = None,
+        *,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TriggeredCooldownState]:
+        del params, extra_args
+        count, start, steps = state.count, state.start_step, state.cooldown_steps
+        plateau = state.plateau
+        if plateau_steps is not None and plateau_cooldown_steps is not None:
+            plateau = _observe(plateau, value, count, plateau_steps, plateau_rtol)
+            flat = count - plateau.best_step >= plateau_steps
+            # No loss yet is no plateau, and a cooldown starts but once.
+            flat = flat & jnp.isfinite(plateau.best) & (steps == 0)
+            start = jnp.where(flat, count, start)
+            steps = jnp.where(flat, plateau_cooldown_steps, steps)
+        stable = value_at(schedule, jnp.minimum(count, start))
+        end = jnp.asarray(end_value, jnp.float32)
+        elapsed = jnp.clip(count - start, 0, steps)
+        # Nothing falls geometrically from 0.
+        origin = (
+            stable if shape != "exponential" else jnp.where(stable > 0, stable, end)
+        )
+        rate = jnp.where(elapsed > 0, move(origin, end, shape, elapsed, steps), stable)
+        fraction = elapsed.astype(jnp.float32) / jnp.maximum(steps, 1).astype(
+            jnp.float32
+        )
+        return scale(-rate, updates), TriggeredCooldownState(
+            optax.safe_increment(count),
+            start,
+            steps,
+            plateau,
+            AppliedHyperparams({"cooldown": fraction, "learning_rate": rate}),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _checked_length(cooldown_steps: Any) -> jax.Array:
+    """As int32; at least 1 where that can be seen."""
+    traced = isinstance(cooldown_steps, jax.core.Tracer)
+    if not traced and np.ndim(cooldown_steps) == 0:
+        cooldown_steps = _checks.steps("cooldown_steps", cooldown_steps, at_least=1)
+    dtype = jnp.asarray(cooldown_steps).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            "`cooldown_steps` must be a whole number of steps, got an array of dtype "
+            f"{dtype}."
+        )
+    if not traced:
+        lengths = np.asarray(cooldown_steps)
+        _checks.require(
+            np.all((lengths >= 1) & (lengths <= _checks.MAX_STEPS)),
+            "cooldown_steps",
+            f"at least 1 and at most {_checks.MAX_STEPS}",
+            cooldown_steps,
+        )
+    # A traced length cannot be refused; 0 would mean that nothing was triggered.
+    return jnp.maximum(jnp.asarray(cooldown_steps, jnp.int32), 1)
+
+
+def _started(
+    path: str, state: TriggeredCooldownState, length: jax.Array
+) -> TriggeredCooldownState:
+    count, start, steps = map(
+        array_of, (state.count, state.start_step, state.cooldown_steps)
+    )
+    try:
+        fits = np.broadcast_shapes(length.shape, count.shape) == count.shape
+    except ValueError:
+        fits = False
+    _checks.require(
+        fits,
+        "cooldown_steps",
+        f"a single number, or of the shape {count.shape} of the state's count (to fork "
+        "a state, use `jax.vmap(lambda n: start_cooldown(state, n))(lengths)`)",
+        f"an array of shape {length.shape}",
+    )
+    if not isinstance(steps, jax.core.Tracer):
+        at = f" at {path!r}" if path else ""
+        _checks.require(
+            not np.all(steps > 0) or not steps.size,
+            "opt_state",
+            "one whose cooldown has not been started",
+            f"one{at} that cools down since step {start} over {steps} steps",
+        )
+    idle = steps == 0
+    new_start = jnp.where(idle, count, start)
+    new_steps = jnp.where(idle, length, steps)
+    # A Flax Variable stays what it is.
+    return state._replace(
+        start_step=jax.tree.map(lambda _: new_start, state.start_step),
+        cooldown_steps=jax.tree.map(lambda _: new_steps, state.cooldown_steps),
+    )
+
+
+def start_cooldown(
+    opt_state: Any, cooldown_steps: ArrayLike, *, which: str | None = None
+) -> Any:
+    """Starts the cooldown of :func:`triggered_cooldown`, from the next update on.
+
+    Works at any nesting, inside and outside ``jit``, on a mesh, and for the
+    ``opt_state`` of an ``nnx.Optimizer``, whose Variables keep their type
+    (``optimizer.opt_state = start_cooldown(optimizer.opt_state, 100)``). Under
+    ``optax.MultiSteps`` the steps are optimizer steps. Only two integers of the state
+    change, so no program is traced again.
+
+    One state forks into cooldowns of several lengths:
+    ``jax.vmap(lambda n: start_cooldown(state, n))(lengths)`` has a leading axis.
+
+    Args:
+      opt_state: An optimizer state, or any pytree that holds one, as a Linen
+        ``TrainState``.
+      cooldown_steps: Length of the cooldown in optimizer steps, at least 1: an int or
+        an integer array, which may be traced (then a smaller value counts as 1). For a
+        state with a leading axis, as of ``vmap``, one for all or an array.
+      which: Where there are several triggers, as in ``optax.partition``: the path of
+        one, as the error lists them, or ``"all"``.
+
+    Returns:
+      The state with its cooldown started; the one given is left as it was. Under
+      tracing, a cooldown that has been started before stays as it is.
+
+    Raises:
+      ValueError: If there is no trigger in the state, or several and ``which`` does not
+        say which; if the cooldown of a concrete state has been started; or for fewer
+        than 1 step.
+      TypeError: If ``cooldown_steps`` is not whole.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> tx = osc.late_decay_sgd(0.1, None)
+      >>> state = tx.init(jnp.zeros(3))
+      >>> state = osc.start_cooldown(state, 10)
+      >>> updates, state = tx.update(jnp.ones(3), state, jnp.zeros(3))
+      >>> updates, state = tx.update(jnp.ones(3), state, jnp.zeros(3))
+      >>> print(osc.read_hyperparams(state)["cooldown"].round(3))
+      0.1
+
+    References:
+      Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+      Durations <https://arxiv.org/abs/2405.18392>`_, 2024, section 5 (cooldowns of
+      several lengths from one run).
+    """
+    length = _checked_length(cooldown_steps)
+    found = find_states(opt_state, TriggeredCooldownState)
+    _checks.require(
+        bool(found),
+        "opt_state",
+        "of an optimizer with a `triggered_cooldown`",
+        states_in(opt_state),
+    )
+    paths = ", ".join(map(repr, found))
+    if which is None:
+        _checks.require(
+            len(found) == 1,
+            "which",
+            f'the path of one of {len(found)} triggers ({paths}), or "all"',
+            which,
+        )
+    elif which != "all":
+        _checks.require(
+            which in found, "which", f'one of {paths}, or "all"', repr(which)
+        )
+    chosen = found if which in (None, "all") else {which: found[which]}
+    started = {path: _started(path, node, length) for path, node in chosen.items()}
+
+    def start(path: KeyPath, node: Any) -> Any:
+        if not isinstance(node, TriggeredCooldownState):
+            return node
+        return started.get(keystr(path, simple=True, separator="/"), node)
+
+    return tree_map_with_path(
+        start,
+        opt_state,
+        is_leaf=lambda node: isinstance(node, TriggeredCooldownState),
+    )

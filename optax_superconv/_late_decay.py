@@ -1,0 +1,209 @@
+r"""When should the rate fall? Late, and from wherever it stands.
+
+A run that holds a large rate and decays it only at the end finds as good a minimum as
+one that decays all along, need not know its own length beforehand, and can be cooled
+down from any of its checkpoints. :func:`with_cooldown` ends any schedule this way,
+
+.. math:: v(t) = E + (v_b - E)\, g\big((T - t)/C\big), \qquad b = T - C \le t \le T,
+
+frozen at its value :math:`v_b` where the cooldown of C steps begins;
+:func:`warmup_stable_decay_schedule` is a warm-up and a constant with such an end.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_superconv import _checks
+from optax_superconv._schedules import (
+    Phase,
+    Shape,
+    as_count,
+    check_cycle,
+    check_positive,
+    check_shape,
+    float_dtype,
+    move,
+    phase_schedule,
+)
+
+
+def warmup_stable_decay_schedule(
+    peak_value: ArrayLike,
+    total_steps: int,
+    *,
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
+    init_value: ArrayLike = 0.0,
+    end_value: ArrayLike = 0.0,
+    shape: Shape = "1-sqrt",
+) -> optax.Schedule:
+    r"""A linear warm-up, a constant, and a decay over the last steps.
+
+    .. math::
+      \eta_t = \begin{cases}
+        \eta_0 + (M - \eta_0)\, t/W & t \le W \\
+        M & W < t \le T - D \\
+        E + (M - E)\, g\big((T - t)/D\big) & t > T - D
+      \end{cases}
+
+    with peak :math:`M`, warm-up :math:`W`, decay :math:`D`, total :math:`T`, initial
+    value :math:`\eta_0`, end :math:`E` and shape :math:`g`. With the default
+    ``init_value`` of 0 the first update changes nothing.
+
+    Differs from the known implementations:
+
+    1. ``end_value`` belongs to step T, one past the last update, and holds beyond.
+       transformers, timm and levanter have it there too; MaxText reaches it at
+       step T - 1, its linear decay taking D - 1 steps.
+    2. Durations are whole steps; MaxText and levanter truncate a fraction of the run.
+    3. ``end_value`` is a value, not a ratio to the peak, and is not also the value
+       that the warm-up starts from, as in transformers.
+    4. ``"exponential"`` is geometric. It is MiniCPM's halving every h steps for
+       ``end_value = peak_value * 0.5 ** (decay_steps / h)``; timm's ``"exp"`` is bent
+       so that it can reach 0.
+
+    Args:
+      peak_value: The constant rate, at least 0; reached exactly at ``warmup_steps``.
+      total_steps: Steps of the whole run, at least 1.
+      warmup_steps: Steps up to the peak, at least 0 and less than ``total_steps``.
+      decay_steps: Steps of the decay, at least 1, with ``warmup_steps`` at most
+        ``total_steps``; None is ``round(0.2 * total_steps)``, or what of this the
+        warm-up leaves.
+      init_value: Rate at step 0 (unless ``warmup_steps`` is 0), at least 0 and at most
+        the peak.
+      end_value: Rate from step ``total_steps`` on, at least 0 and at most the peak.
+      shape: Of the decay; see :class:`Phase`.
+
+    Returns:
+      A schedule, see :func:`phase_schedule`.
+
+    Raises:
+      ValueError: Naming argument, rule and value, for durations or values outside the
+        ranges above.
+      TypeError: For durations that are not whole numbers or values that are no numbers.
+
+    Examples:
+      >>> import optax_superconv as osc
+      >>> schedule = osc.warmup_stable_decay_schedule(
+      ...     1.0, 100, warmup_steps=10, decay_steps=20)
+      >>> print([round(float(schedule(t)), 4) for t in (0, 5, 10, 80, 85, 90, 100)])
+      [0.0, 0.5, 1.0, 1.0, 0.5, 0.2929, 0.0]
+
+    References:
+      Hu et al., `MiniCPM: Unveiling the Potential of Small Language Models with
+      Scalable Training Strategies <https://arxiv.org/abs/2404.06395>`_, 2024;
+      Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+      Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (1-sqrt);
+      Zhai et al., `Scaling Vision Transformers <https://arxiv.org/abs/2106.04560>`_,
+      2022 (a cooldown from any checkpoint).
+    """
+    total = _checks.steps("total_steps", total_steps, at_least=1)
+    below = f"less than `total_steps` ({total})"
+    warmup = _checks.steps("warmup_steps", warmup_steps, below=below)
+    rule = f"at least 0 and {below}"
+    _checks.require(warmup < total, "warmup_steps", rule, warmup)
+    if decay_steps is None:
+        decay_steps = min(max(round(0.2 * total), 1), total - warmup)
+    decay = _checks.steps("decay_steps", decay_steps, at_least=1)
+    _checks.require(
+        warmup + decay <= total,
+        "warmup_steps + decay_steps",
+        f"at most `total_steps` ({total})",
+        f"{warmup} + {decay}",
+    )
+    check_cycle({"peak_value": peak_value, "init_value": init_value}, "linear")
+    check_cycle({"peak_value": peak_value, "end_value": end_value}, shape)
+    phases = [
+        Phase(warmup, peak_value),
+        Phase(total - warmup - decay, peak_value),
+        Phase(decay, end_value, shape),
+    ]
+    return phase_schedule(init_value, phases)
+
+
+def with_cooldown(
+    schedule: optax.ScalarOrSchedule,
+    total_steps: int,
+    cooldown_steps: int,
+    *,
+    end_value: ArrayLike = 0.0,
+    shape: Shape = "1-sqrt",
+) -> optax.Schedule:
+    r"""Ends any schedule with a cooldown: frozen at its value there, then to the end.
+
+    .. math::
+      v(t) = \begin{cases}
+        s(t) & t \le T - C \\
+        E + \big(s(T - C) - E\big)\, g\big((T - t)/C\big) & t > T - C
+      \end{cases}
+
+    with schedule :math:`s`, total :math:`T`, cooldown :math:`C`, end :math:`E` and
+    shape :math:`g`. Several cooldowns of one long run differ in ``total_steps`` alone
+    and share every step before the first of them begins.
+
+    Args:
+      schedule: A schedule ``count -> value``, of a rate or of anything else, or a
+        number, which is a constant.
+      total_steps: Step at which ``end_value`` is reached, at least 1.
+      cooldown_steps: Steps of the cooldown, at least 1 and at most ``total_steps``.
+      end_value: Value from step ``total_steps`` on. It may exceed the schedule's, for
+        a momentum that rises.
+      shape: Of the cooldown; see :class:`Phase`.
+
+    Returns:
+      A schedule that broadcasts over counts and values; see :func:`phase_schedule`.
+
+    Raises:
+      ValueError: Naming argument, rule and value, for durations outside the ranges
+        above, a constant or an end that is not finite, an unknown shape, or an
+        ``"exponential"`` cooldown from or to 0.
+      TypeError: For durations that are not whole numbers, a schedule that is neither
+        a number nor callable, or an end that is no number.
+
+    Examples:
+      >>> import optax
+      >>> import optax_superconv as osc
+      >>> cosine = optax.cosine_decay_schedule(1.0, 100)
+      >>> schedule = osc.with_cooldown(cosine, 60, 10, shape="linear")
+      >>> print([round(float(schedule(t)), 2) for t in (0, 25, 50, 55, 60, 99)])
+      [1.0, 0.85, 0.5, 0.25, 0.0, 0.0]
+
+    References:
+      Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+      Durations <https://arxiv.org/abs/2405.18392>`_, 2024;
+      Zhai et al., `Scaling Vision Transformers <https://arxiv.org/abs/2106.04560>`_,
+      2022.
+    """
+    total = _checks.steps("total_steps", total_steps, at_least=1)
+    length = _checks.steps("cooldown_steps", cooldown_steps, at_least=1)
+    rule = f"at most `total_steps` ({total})"
+    _checks.require(length <= total, "cooldown_steps", rule, length)
+    _checks.number_or_schedule("schedule", schedule)
+    _checks.number("end_value", end_value)
+    check_shape("shape", shape)
+    begin = total - length
+
+    def before(count: Any) -> ArrayLike:
+        return schedule(count) if callable(schedule) else cast(ArrayLike, schedule)
+
+    if shape == "exponential":
+        check_positive("end_value", end_value)
+        with jax.ensure_compile_time_eval():
+            check_positive(f"schedule({begin})", before(jnp.asarray(begin, jnp.int32)))
+
+    def cooled(count: ArrayLike) -> jax.Array:
+        count = as_count(count, float_dtype(end_value))
+        value = before(jnp.minimum(count, begin))
+        dtype = float_dtype(value, end_value)
+        start, end = jnp.asarray(value, dtype), jnp.asarray(end_value, dtype)
+        # Subtract as integers: above 2**24 float32 no longer holds the count.
+        elapsed = jnp.clip(count, begin, total) - begin
+        return move(start, end, shape, elapsed, length)
+
+    return cooled

@@ -1,0 +1,274 @@
+r"""Which schedule would have suited the run that has just ended?
+
+The gradient norms of a finished run say: a step should be short where gradients are
+long, and the shorter the fewer steps follow it,
+
+.. math:: \eta_t \propto w_t \sum_{p > t} w_p,
+
+with weights :math:`w = G^{-2}` for SGD, G the l2 norms, and :math:`w = G^{-1}` for
+Adam, G the l1 norms. Norms that stand still give a rate that falls linearly to 0.
+:func:`record_gradient_norms` collects them, :func:`refined_schedule` draws the
+consequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from optax_superconv import _checks
+from optax_superconv._hyperparams import widen
+from optax_superconv._schedules import as_count, float_dtype
+
+_POWERS = {"adam": -1.0, "sgd": -2.0}
+_SAMPLES = 10_000  # Of the paper's smoothing, at least.
+_TRIM = 2  # Norms at either end, which the smoothing leaves out.
+
+
+class RecordGradientNormsState(NamedTuple):
+    """State of :func:`record_gradient_norms`."""
+
+    count: jax.Array  # type: ignore[assignment]  # (), int32
+    gradient_norms: jax.Array  # (samples,), float32; NaN where nothing is recorded
+    num_in_sample: jax.Array  # (), int32; norms in the mean of the current sample
+
+
+def record_gradient_norms(
+    total_steps: int,
+    *,
+    ord: Literal[1, 2],
+    num_samples: int = 1000,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Records the norms of a run's gradients, for :func:`refined_schedule`.
+
+    .. math:: G_t = \sum_i |g_{t,i}| \;\text{ or }\; \sqrt{\sum_i |g_{t,i}|^2}
+
+    over the whole tree, in float32 whatever the dtype of the gradient. Place it first
+    in the chain, before any clipping; updates pass through untouched. After the run,
+    ``optax.tree.get(opt_state, "gradient_norms")`` is the record.
+
+    Args:
+      total_steps: Steps of the whole run, at least 1; nothing is recorded beyond.
+      ord: 1 for the l1 norm, which refines a schedule of Adam, 2 for the l2 norm,
+        which refines one of SGD.
+      num_samples: Length of the record, at least 1; it is no longer than
+        ``total_steps``. The run is cut into so many parts, as equal as whole steps
+        allow, and each sample is the mean of the finite norms of its part.
+
+    Returns:
+      The transformation. A sample is NaN until it is reached, or if no norm of its
+      part was finite.
+
+    Raises:
+      ValueError: Naming argument, rule and value, for an ``ord`` other than 1 or 2 or
+        durations outside the ranges above.
+      TypeError: For durations that are not whole numbers or an ``ord`` that is none.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_superconv as osc
+      >>> tx = optax.chain(osc.record_gradient_norms(2, ord=2), optax.sgd(0.1))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for gradient in (jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0])):
+      ...     _, state = tx.update(gradient, state)
+      >>> print(optax.tree.get(state, "gradient_norms"))
+      [5. 1.]
+
+    References:
+      Defazio, Cutkosky, Mehta and Mishchenko, `Optimal Linear Decay Learning Rate
+      Schedules and Further Refinements <https://arxiv.org/abs/2310.07831>`_, 2023.
+    """
+    total = _checks.steps("total_steps", total_steps, at_least=1)
+    rule = "1 (for Adam) or 2 (for SGD)"
+    power = _checks.scalar("ord", ord, rule, lambda o: (o == 1) | (o == 2))
+    samples = min(_checks.steps("num_samples", num_samples, at_least=1), total)
+    # The first `num_long` samples are a step longer than the others.
+    short, num_long = divmod(total, samples)
+    long = short + (num_long > 0)
+    end_of_long = num_long * long
+
+    def norm(updates: optax.Updates) -> jax.Array:
+        # A record is not part of what is differentiated, and a norm of 0 has no slope.
+        fixed = (jax.lax.stop_gradient(widen(g)) for g in jax.tree.leaves(updates))
+        sizes = (jnp.abs(g) for g in fixed)
+        sums = [jnp.sum(size if power == 1 else size * size) for size in sizes]
+        dtype = float_dtype(jnp.float32(0), *sums)
+        value = sum((s.astype(dtype) for s in sums), jnp.zeros([], dtype))
+        return (value if power == 1 else jnp.sqrt(value)).astype(jnp.float32)
+
+    def init_fn(params: optax.Params) -> RecordGradientNormsState:
+        del params
+        return RecordGradientNormsState(
+            count=jnp.zeros([], jnp.int32),
+            gradient_norms=jnp.full([samples], jnp.nan, jnp.float32),
+            num_in_sample=jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: RecordGradientNormsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RecordGradientNormsState]:
+        del params, extra_args
+        step = jnp.minimum(state.count, total - 1)
+        after = step - end_of_long
+        index = jnp.where(after < 0, step // long, num_long + after // short)
+        in_part = jnp.where(after < 0, step % long, after % short)
+        num = jnp.where(in_part == 0, 0, state.num_in_sample)
+        value, mean = norm(updates), state.gradient_norms[index]
+        longer = mean + (value - mean) / (num + 1).astype(jnp.float32)
+        longer = jnp.where(num == 0, value, longer)
+        running = state.count < total
+        counts = running & jnp.isfinite(value)
+        return updates, RecordGradientNormsState(
+            count=optax.safe_increment(state.count),
+            gradient_norms=state.gradient_norms.at[index].set(
+                jnp.where(counts, longer, mean)
+            ),
+            num_in_sample=jnp.where(
+                running, jnp.where(counts, num + 1, num), state.num_in_sample
+            ),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def refined_schedule(
+    gradient_norms: ArrayLike,
+    peak_value: ArrayLike,
+    total_steps: int,
+    *,
+    optimizer: Literal["adam", "sgd"] = "adam",
+    smoothing: float = 0.1,
+) -> optax.Schedule:
+    r"""The schedule that the gradient norms of a finished run ask for.
+
+    .. math:: \eta_t = M\, \frac{w_t \sum_{p>t} w_p}{\max_s w_s \sum_{p>s} w_p}
+
+    with peak :math:`M` and weights :math:`w = G^{-1}` (``"adam"``) or :math:`G^{-2}`
+    (``"sgd"``) of the norms G. The n values are those at n equally spaced steps from 0
+    to T, with straight lines between, so that 0 falls on step T. From there the rate
+    is 0.
+
+    Tune the peak anew: the best one of the refined schedule is not that of the run
+    which gave the norms. Where norms change fast, at the beginning, so does the result,
+    which may rise and fall; do not trust its first tenth blindly, and multiply a
+    warm-up into it.
+
+    Smoothing, as in the paper: the first 2 and last 2 norms are left out, the others
+    resampled linearly to 10,000 where they are fewer, and a running median taken,
+    which at the end of the run continues into the reflected signal. Its width is a
+    fraction of the run's length, as the paper words it, however many norms there are.
+
+    Args:
+      gradient_norms: Norms at equal distances over a whole run, at least 2, or 6 with
+        smoothing, all finite and at least 0: l1 norms for Adam, l2 norms for SGD. Those
+        of :func:`record_gradient_norms` are
+        ``optax.tree.get(opt_state, "gradient_norms")``.
+      peak_value: The highest rate, at least 0.
+      total_steps: Steps of the run to come, at least 1. It need not be as long as the
+        one that gave the norms.
+      optimizer: ``"adam"`` or ``"sgd"``, the latter with or without momentum.
+      smoothing: Width of the running median as a fraction of the run, at least 0 and
+        less than 1; with 0 nothing is left out and nothing smoothed.
+
+    Returns:
+      A schedule that broadcasts over counts and values; see :func:`phase_schedule`.
+
+    Raises:
+      ValueError: Naming argument, rule and value, for norms that are not as above or 0
+        after the smoothing, which asks for an infinite rate, or for durations or values
+        outside the ranges above.
+      TypeError: For norms that are traced, which are data of a finished run, for
+        durations that are not whole numbers or values that are no numbers.
+
+    Examples:
+      >>> import optax_superconv as osc
+      >>> norms = [2.0, 1.0, 1.0, 1.0]
+      >>> schedule = osc.refined_schedule(
+      ...     norms, 1.0, 30, optimizer="sgd", smoothing=0.0)
+      >>> print([round(float(schedule(t)), 3) for t in (0, 10, 15, 20, 30)])
+      [0.375, 1.0, 0.75, 0.5, 0.0]
+
+    References:
+      Defazio, Cutkosky, Mehta and Mishchenko, `Optimal Linear Decay Learning Rate
+      Schedules and Further Refinements <https://arxiv.org/abs/2310.07831>`_, 2023.
+    """
+    total = _checks.steps("total_steps", total_steps, at_least=1)
+    rule = "finite and at least 0"
+    _checks.number("peak_value", peak_value, rule, _checks.non_negative)
+    _checks.choice("optimizer", optimizer, _POWERS)
+    rule, holds = _checks.DECAY_RULE, _checks.decay_rate
+    smoothing = _checks.scalar("smoothing", smoothing, rule, holds)
+    norms = _check_norms(gradient_norms, at_least=2 + (2 * _TRIM if smoothing else 0))
+    if smoothing:
+        norms = _smooth(norms[_TRIM:-_TRIM], smoothing)
+    positive = "above 0" + (" after the smoothing" if smoothing else "")
+    _checks.require(np.all(norms > 0), "gradient_norms", positive, norms.min())
+    # From the last step back: the rate is computed in what remains of the run, so that
+    # the end keeps its relative precision.
+    weights = (norms[::-1] / norms.min()) ** _POWERS[optimizer]
+    rates = weights * np.concatenate([[0.0], np.cumsum(weights[:-1])])
+    rates = rates / rates.max()
+    last = len(rates) - 1
+
+    def schedule(count: ArrayLike) -> jax.Array:
+        dtype = float_dtype(peak_value)
+        peak, table = jnp.asarray(peak_value, dtype), jnp.asarray(rates, dtype)
+        remaining = total - jnp.clip(as_count(count, dtype), 0, total)
+        nearest = jnp.round(remaining.astype(dtype) * (last / total)).astype(jnp.int32)
+        # How far from it, `total` being the next. Both products may wrap around int32,
+        # their difference does not, so for whole counts it is exact.
+        whole = jnp.issubdtype(remaining.dtype, jnp.integer)
+        kind = jnp.int32 if whole else dtype
+        rest = remaining.astype(kind) * last - nearest.astype(kind) * total
+        part = jnp.abs(rest).astype(dtype) / total
+        neighbour = nearest + jnp.sign(rest).astype(jnp.int32)
+        return peak * (table[nearest] * (1 - part) + table[neighbour] * part)
+
+    return schedule
+
+
+def _check_norms(gradient_norms: Any, at_least: int) -> np.ndarray:
+    name = "gradient_norms"
+    if isinstance(gradient_norms, jax.core.Tracer):
+        raise TypeError(
+            f"`{name}` must be the norms of a finished run, got a traced value of type "
+            f"{type(gradient_norms).__name__}. Build the schedule outside `jit`."
+        )
+    norms = np.asarray(gradient_norms)
+    _checks.require(norms.ndim == 1, name, "one-dimensional", f"shape {norms.shape}")
+    _checks.require(
+        len(norms) >= at_least, name, f"at least {at_least} norms", len(norms)
+    )
+    _checks.number(name, norms[:0])  # The type alone.
+    norms = norms.astype(np.float64)
+    good = np.isfinite(norms) & (norms >= 0)
+    first = int(np.argmin(good))
+    _checks.require(
+        np.all(good),
+        name,
+        "finite and at least 0 (a record is NaN where its run did not get)",
+        f"{norms[first]} at index {first}",
+    )
+    return norms
+
+
+def _smooth(norms: np.ndarray, fraction: float) -> np.ndarray:
+    """A running median over a fraction of the run, at the end into its reflection."""
+    # Only here, for SciPy takes a while to import.
+    from scipy.ndimage import median_filter
+
+    if len(norms) < _SAMPLES:
+        even = np.linspace(0.0, len(norms) - 1, _SAMPLES)
+        norms = np.interp(even, np.arange(len(norms)), norms)
+    width = 2 * int(fraction * len(norms) / 2) + 1
+    continued = np.pad(norms, (0, 2 * width), mode="reflect")
+    return median_filter(continued, width, mode="nearest")[: len(norms)]

@@ -1,0 +1,539 @@
+"""Does a cooldown start when it is told to, wherever its state is?"""
+
+import functools
+import pickle
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import reference
+from descriptors import quadratic
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec
+
+import optax_superconv as osc
+
+STEPS = 40
+INT32_MAX = np.iinfo(np.int32).max
+GRAD = jnp.ones(())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(tx, k, n, losses=None, state=None):
+    """What each of STEPS updates applied, with ``start_cooldown`` before update k."""
+
+    def step(state, inputs):
+        t, options = inputs
+        started = osc.start_cooldown(state, n)
+        state = jax.tree.map(lambda a, b: jnp.where(t == k, a, b), started, state)
+        updates, state = tx.update(GRAD, state, **options)
+        return state, osc.read_hyperparams(state) | {"updates": updates}
+
+    state = tx.init(GRAD) if state is None else state
+    options = {} if losses is None else {"value": losses}
+    return jax.lax.scan(step, state, (jnp.arange(STEPS), options))[1]
+
+
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), tree)
+
+
+def assert_same_bits(new, old):
+    assert jax.tree.structure(new) == jax.tree.structure(old)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# --- a trigger before update k is a plan from the start ------------------------------
+
+SCHEDULES = {
+    "number": 0.1,
+    "warmup": optax.linear_schedule(0.02, 0.1, 10),
+    "onecycle": osc.onecycle_schedule(0.1, 30, end_value=1e-3),
+}
+ENDS = [("linear", 0.0), ("cosine", 0.01), ("1-sqrt", 0.0), ("1-sqrt", 0.3)]
+ENDS += [(quadratic, 1e-3), ("exponential", 1e-4)]
+PAIRS = [(0, 1), (0, 9), (3, 20), (10, 2), (17, 5), (39, 3)]
+PAIRS += [(5, 10**6), (7, INT32_MAX - 7)]
+
+
+@pytest.mark.parametrize(("shape", "end"), ENDS)
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_trigger_equals_a_plan(schedule, shape, end):
+    tx = osc.triggered_cooldown(schedule, end_value=end, shape=shape)
+
+    @jax.jit
+    def plans():
+        options = {"end_value": end, "shape": shape}
+        made = [osc.with_cooldown(schedule, k + n, n, **options) for k, n in PAIRS]
+        return [jax.lax.map(plan, jnp.arange(STEPS)) for plan in made]
+
+    for (k, n), expected in zip(PAIRS, plans(), strict=True):
+        applied = run(tx, k, n)
+        np.testing.assert_array_max_ulp(applied["learning_rate"], expected, 2)
+        np.testing.assert_array_equal(applied["updates"], -applied["learning_rate"])
+
+
+def test_rates_by_the_formula():
+    """The same against float64, so that the two cannot be wrong together."""
+    tx = osc.triggered_cooldown(SCHEDULES["onecycle"], end_value=0.01)
+
+    def cycle(t):
+        return reference.onecycle(t, 0.1, 30, 9, 0.004, 1e-3, 0, "cosine")
+
+    for k, n in [(0, 9), (3, 20), (17, 5)]:
+        expected = [
+            reference.cooled(t, cycle, k + n, n, 0.01, "1-sqrt") for t in range(STEPS)
+        ]
+        applied = run(tx, k, n)["learning_rate"]
+        np.testing.assert_allclose(applied, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("count", [2**24 + 1, INT32_MAX - 50])
+def test_a_trigger_after_a_long_run(count):
+    """Float32 no longer holds such counts."""
+    tx = osc.triggered_cooldown(0.1, shape="linear")
+    state = tx.init(GRAD)._replace(count=jnp.int32(count))
+    applied = run(tx, 3, 20, None, state)
+    fractions = np.clip((23 - np.arange(STEPS)) / 20, 0, 1)
+    np.testing.assert_allclose(applied["learning_rate"], 0.1 * fractions, rtol=1e-6)
+
+
+def test_the_longest_cooldown_neither_overflows_nor_decays():
+    tx = osc.triggered_cooldown(0.1)
+    state = tx.init(GRAD)._replace(count=jnp.int32(INT32_MAX - 5))
+    rates = run(tx, 2, INT32_MAX, None, state)["learning_rate"]
+    np.testing.assert_allclose(rates, 0.1, rtol=1e-3)
+
+
+def test_an_exponential_decay_from_zero_goes_to_the_end():
+    tx = osc.triggered_cooldown(
+        optax.linear_schedule(0.0, 0.1, 10), end_value=0.01, shape="exponential"
+    )
+    rates = run(tx, 0, 4)["learning_rate"]
+    np.testing.assert_array_equal(rates, np.float32([0.0] + [0.01] * (STEPS - 1)))
+
+
+def test_the_record_shows_how_much_of_the_cooldown_is_over():
+    expected = np.clip((np.arange(STEPS) - 5) / 4, 0, 1)
+    shown = run(osc.triggered_cooldown(0.1), 5, 4)["cooldown"]
+    np.testing.assert_array_equal(shown, np.float32(expected))
+
+
+CHAINS = {
+    "sgd": lambda last: optax.chain(optax.trace(0.9, nesterov=True), last),
+    "adamw": lambda last: optax.chain(
+        optax.scale_by_adam(), optax.add_decayed_weights(0.1), last
+    ),
+}
+
+
+def quadratic_loss(params):
+    return jnp.sum(jnp.arange(1.0, 6.0) * (params - 1) ** 2)
+
+
+def train(tx, params, begin, end, state=None, *, update=None, trigger=None):
+    """Parameters and state; ``trigger`` is the pair (k, n)."""
+    update = update or jax.jit(tx.update)
+    state = tx.init(params) if state is None else state
+    for t in range(begin, end):
+        if trigger and t == trigger[0]:
+            state = osc.start_cooldown(state, trigger[1])
+        updates, state = update(jax.grad(quadratic_loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+def test_parameters_follow_the_planned_run(chain):
+    for schedule in (0.03, optax.linear_schedule(0.0, 0.03, 10)):
+        triggered = chain(osc.triggered_cooldown(schedule))
+        planned = chain(osc.scale_by_learning_rate(osc.with_cooldown(schedule, 30, 18)))
+        ours, _ = train(triggered, jnp.zeros(5), 0, 30, trigger=(12, 18))
+        theirs, _ = train(planned, jnp.zeros(5), 0, 30)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+# --- the decision is data ------------------------------------------------------------
+
+
+def test_one_trace_across_the_trigger():
+    tx = CHAINS["adamw"](osc.triggered_cooldown(0.1))
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(tx.update, 1))
+    train(tx, jnp.zeros(5), 0, 10, update=update, trigger=(4, 3))
+    assert update._cache_size() == 1
+
+
+def test_start_cooldown_keeps_structure_and_types():
+    for tx in (osc.triggered_cooldown(0.1), osc.late_decay_adamw(0.1, 10)):
+        state = tx.init(jnp.zeros((2, 2)))
+        for length in (3, np.int64(3), np.int8(3), jnp.int32(3), np.uint32(3)):
+            assert types(osc.start_cooldown(state, length)) == types(state)
+
+
+def test_start_cooldown_leaves_the_given_state_as_it_was():
+    state = osc.triggered_cooldown(0.1).init(GRAD)
+    copy = jax.tree.map(np.asarray, state)
+    osc.start_cooldown(state, 3)
+    assert_same_bits(state, copy)
+
+
+def test_a_second_call_inside_jit_keeps_the_first():
+    state = osc.start_cooldown(osc.triggered_cooldown(0.1).init(GRAD), 3)
+    again = jax.jit(osc.start_cooldown)(state._replace(count=jnp.int32(2)), 7)
+    assert (again.start_step, again.cooldown_steps) == (0, 3)
+
+
+def test_a_traced_length_below_one_counts_as_one():
+    state = osc.triggered_cooldown(0.1).init(GRAD)
+    assert jax.jit(osc.start_cooldown)(state, -3).cooldown_steps == 1
+
+
+def test_state_and_parameters_may_be_donated_across_the_trigger():
+    tx = CHAINS["adamw"](osc.triggered_cooldown(0.1))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(jax.grad(quadratic_loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jnp.zeros(5)
+    state = tx.init(params)
+    for t in range(8):
+        if t == 3:
+            state = osc.start_cooldown(state, 4)
+        params, state = step(params, state)
+    expected, _ = train(tx, jnp.zeros(5), 0, 8, trigger=(3, 4))
+    np.testing.assert_allclose(params, expected, rtol=1e-6)
+
+
+CONTINUE = """
+import sys, jax, jax.numpy as jnp, numpy as np, optax
+import orbax.checkpoint as ocp
+import optax_superconv as osc
+tx = osc.late_decay_adamw(0.1, None)
+params = jnp.zeros(5)
+with ocp.StandardCheckpointer() as checkpointer:
+    params, state = checkpointer.restore(sys.argv[1], (params, tx.init(params)))
+update = jax.jit(tx.update)
+loss = lambda params: jnp.sum(jnp.arange(1.0, 6.0) * (params - 1) ** 2)
+for t in range(10, 20):
+    updates, state = update(jax.grad(loss)(params), state, params)
+    params = optax.apply_updates(params, updates)
+np.save(sys.argv[2], np.asarray(params))
+"""
+
+
+def test_a_triggered_run_continues_bit_for_bit_in_a_new_process(tmp_path):
+    tx = osc.late_decay_adamw(0.1, None)
+    saved = train(tx, jnp.zeros(5), 0, 10, trigger=(7, 9))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved)
+    expected, _ = train(tx, saved[0], 10, 20, saved[1])
+    arguments = [str(tmp_path / "state"), str(tmp_path / "params.npy")]
+    subprocess.run([sys.executable, "-c", CONTINUE, *arguments], check=True)
+    assert_same_bits(np.load(tmp_path / "params.npy"), expected)
+
+
+def test_a_triggered_state_survives_pickle():
+    state = osc.start_cooldown(osc.triggered_cooldown(0.1).init(GRAD), 3)
+    assert_same_bits(pickle.loads(pickle.dumps(state)), state)
+
+
+# --- at any nesting ------------------------------------------------------------------
+
+NESTINGS = {
+    "chain": lambda tx: optax.chain(optax.identity(), tx),
+    "named_chain": lambda tx: optax.named_chain(("first", optax.identity()), ("b", tx)),
+    "masked": lambda tx: optax.masked(tx, {"w": True, "b": True}),
+    "partition": lambda tx: optax.partition({"all": tx}, {"w": "all", "b": "all"}),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally": lambda tx: optax.conditionally_transform(tx, lambda step: True),
+    "unfreezing": lambda tx: osc.gradual_unfreezing(
+        tx, {0: 0}, osc.label_by_path([(".*", 0)])
+    ),
+}
+
+
+def loop(tx, steps, trigger, repeats=1):
+    """The updates of a bias, with ``start_cooldown`` before update k."""
+    params = {"w": jnp.ones(3), "b": GRAD}
+    state, applied = tx.init(params), []
+    update = jax.jit(tx.update)
+    for t in range(steps):
+        if t == trigger[0]:
+            state = osc.start_cooldown(state, *trigger[1:])
+        for _ in range(repeats):
+            updates, state = update(params, state, params)
+        applied.append(-updates["b"])
+    return jnp.stack(applied)
+
+
+EXPECTED = np.float32(0.1) * np.float32([1, 1, 1, 0.75, 0.5, 0.25, 0, 0])
+
+
+@pytest.mark.parametrize("nest", NESTINGS.values(), ids=NESTINGS)
+def test_any_nesting_is_triggered(nest):
+    tx = nest(osc.triggered_cooldown(0.1, shape="linear"))
+    np.testing.assert_allclose(loop(tx, 8, (2, 4)), EXPECTED, rtol=1e-6)
+
+
+def test_under_multi_steps_the_steps_are_optimizer_steps():
+    tx = optax.MultiSteps(osc.triggered_cooldown(0.1, shape="linear"), 3)
+    rates = loop(tx, 8, (2, 4), repeats=3)
+    np.testing.assert_allclose(rates, EXPECTED, rtol=1e-6)
+
+
+def test_under_inject_hyperparams():
+    tx = optax.inject_hyperparams(osc.triggered_cooldown, static_args="shape")(
+        0.1, shape="linear"
+    )
+    np.testing.assert_allclose(loop(tx, 8, (2, 4)), EXPECTED, rtol=1e-6)
+
+
+def two_triggers():
+    trigger = osc.triggered_cooldown(0.1, shape="linear")
+    return optax.partition({0: trigger, 1: trigger}, {"w": 0, "b": 1})
+
+
+def starts(state):
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "start_step"))
+    return [int(node.cooldown_steps) for node in nodes if hasattr(node, "start_step")]
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("inner_states/0/inner_state", [5, 0]),
+        ("inner_states/1/inner_state", [0, 5]),
+        ("all", [5, 5]),
+    ],
+)
+def test_one_of_two_triggers_or_all(which, expected):
+    state = two_triggers().init({"w": jnp.ones(3), "b": GRAD})
+    assert starts(osc.start_cooldown(state, 5, which=which)) == expected
+
+
+def test_one_of_two_references_to_one_state():
+    state = osc.triggered_cooldown(0.1).init(GRAD)
+    pair = osc.start_cooldown({"a": state, "b": state}, 5, which="b")
+    assert starts(pair) == [0, 5]
+
+
+class Net(nnx.Module):
+    """One layer."""
+
+    def __init__(self):
+        self.layer = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+
+
+def net_loss(net):
+    return (net.layer(jnp.ones((1, 2))) ** 2).sum()
+
+
+def nnx_run(trigger, tx=None):
+    """The rates of eight updates with ``trigger(optimizer)`` before the third."""
+    net = Net()
+    optimizer = nnx.Optimizer(
+        net, tx or osc.triggered_cooldown(0.1, shape="linear"), wrt=nnx.Param
+    )
+    kinds = jax.tree.structure(optimizer.opt_state)
+    rates = []
+
+    @nnx.jit
+    def step(net, optimizer):
+        optimizer.update(net, nnx.grad(net_loss)(net))
+
+    for t in range(8):
+        if t == 2:
+            trigger(optimizer)
+            assert jax.tree.structure(optimizer.opt_state) == kinds
+        step(net, optimizer)
+        rates.append(osc.read_hyperparams(optimizer)["learning_rate"])
+    return np.stack(rates)
+
+
+def assign(optimizer):
+    optimizer.opt_state = osc.start_cooldown(optimizer.opt_state, 4)
+
+
+def update_variables(optimizer):
+    started = osc.start_cooldown(optimizer.opt_state, 4)
+    nnx.update(optimizer.opt_state, nnx.state(started))
+
+
+@pytest.mark.parametrize(
+    "trigger", [assign, update_variables, nnx.jit(assign), nnx.jit(update_variables)]
+)
+def test_nnx_optimizer(trigger):
+    np.testing.assert_allclose(nnx_run(trigger), EXPECTED, rtol=1e-6)
+
+
+def test_linen_train_state():
+    tx = optax.chain(osc.triggered_cooldown(0.1, shape="linear"))
+    params = {"w": GRAD}
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    step = jax.jit(lambda state: state.apply_gradients(grads=params))
+    rates = []
+    for t in range(8):
+        state = osc.start_cooldown(state, 4) if t == 2 else state
+        state = step(state)
+        rates.append(osc.read_hyperparams(state)["learning_rate"])
+    assert isinstance(state, TrainState)
+    np.testing.assert_allclose(rates, EXPECTED, rtol=1e-6)
+
+
+def test_on_a_mesh():
+    mesh = jax.make_mesh((8,), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    params = jax.device_put(jnp.arange(16.0), sharding)
+    tx = optax.chain(optax.scale_by_adam(), osc.triggered_cooldown(0.1))
+    update = jax.jit(tx.update)
+    state = tx.init(params)
+    for t in range(6):
+        if t == 2:
+            traced = update._cache_size()
+            state = osc.start_cooldown(state, 4)
+        updates, state = update(params, state, params)
+    assert update._cache_size() == traced
+    assert not updates.sharding.is_fully_replicated
+    alone = tx.init(jnp.arange(16.0))
+    for t in range(6):
+        alone = osc.start_cooldown(alone, 4) if t == 2 else alone
+        expected, alone = tx.update(jnp.arange(16.0), alone)
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+# --- many cooldowns of one state -----------------------------------------------------
+
+LENGTHS = [1, 2, 5, 30]
+
+
+def test_one_state_forks_into_cooldowns_of_several_lengths():
+    tx = CHAINS["adamw"](osc.triggered_cooldown(0.1))
+    params, state = train(tx, jnp.zeros(5), 0, 6)
+    forks = jax.vmap(lambda n: osc.start_cooldown(state, n))(jnp.asarray(LENGTHS))
+
+    @jax.jit
+    @jax.vmap
+    def cool(state):
+        def step(_, carry):
+            params, state = carry
+            updates, state = tx.update(jax.grad(quadratic_loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 9, step, (params, state))[0]
+
+    for n, forked in zip(LENGTHS, cool(forks), strict=True):
+        alone, _ = train(tx, params, 6, 15, state, trigger=(6, n))
+        np.testing.assert_allclose(forked, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [4, jnp.asarray(LENGTHS), np.asarray(LENGTHS)])
+def test_states_with_a_leading_axis(lengths):
+    tx = osc.triggered_cooldown(jnp.float32(0.1))
+    states = jax.vmap(tx.init)(jnp.ones(4))
+    started = osc.start_cooldown(states, lengths)
+    assert types(started) == types(states)
+    np.testing.assert_array_equal(
+        started.cooldown_steps, np.broadcast_to(lengths, (4,))
+    )
+
+
+# --- plateaus ------------------------------------------------------------------------
+
+NOISE = np.random.default_rng(0).normal(size=STEPS)
+LOSSES = {
+    # losses, plateau_steps, tolerance
+    "constant": (np.ones(STEPS), 5, 0.01),
+    "constant-exact": (np.full(STEPS, 0.3), 1, 0.0),
+    "negative": (-np.ones(STEPS), 5, 0.01),
+    "zero": (np.zeros(STEPS), 5, 0.01),
+    "falling": (0.9 ** np.arange(STEPS), 5, 0.01),
+    "falling-below-zero": (-np.arange(STEPS), 5, 0.01),
+    "too-slow": (1 - 1e-4 * np.arange(STEPS), 5, 0.01),
+    "slow-but-enough": (1 - 4e-3 * np.arange(STEPS), 5, 0.01),
+    "flattens": (np.maximum(1 - 0.05 * np.arange(STEPS), 0.5), 5, 0.01),
+    "noise": (1 + 0.1 * NOISE, 10, 0.01),
+    "falling-noise": (0.9 ** np.arange(STEPS) * (1 + 0.05 * NOISE), 10, 0.01),
+    "rising": (1.0 + np.arange(STEPS), 7, 0.01),
+    "holes": (np.where(np.arange(STEPS) % 3, 0.9 ** np.arange(STEPS), np.nan), 5, 0.01),
+    "inf": (np.where(np.arange(STEPS) % 3, 1.0, np.inf), 5, 0.01),
+    "late": (np.where(np.arange(STEPS) < 20, np.nan, 1.0), 5, 0.01),
+    "never-finite": (np.full(STEPS, np.nan), 5, 0.01),
+}
+START = {"constant": 5, "constant-exact": 1, "falling": None, "late": 25}
+START |= {"never-finite": None, "falling-noise": None, "falling-below-zero": None}
+
+
+def plateau(steps, rtol=0.01, **options):
+    return osc.triggered_cooldown(
+        0.1,
+        shape="linear",
+        plateau_steps=steps,
+        plateau_cooldown_steps=4,
+        plateau_rtol=rtol,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_plateau_starts_the_cooldown_where_the_rule_says(name):
+    losses, steps, rtol = LOSSES[name]
+    start = reference.plateau_step(losses, steps, rtol)
+    assert start == START.get(name, start)
+    triggered = run(plateau(steps, rtol), -1, 1, jnp.asarray(losses, jnp.float32))
+    manual = osc.triggered_cooldown(0.1, shape="linear")
+    expected = run(manual, -1 if start is None else start, 4)
+    chex.assert_trees_all_equal(triggered, expected)
+
+
+def test_a_manual_start_wins_over_the_plateau():
+    applied = run(plateau(5), 2, 30, jnp.ones(STEPS))
+    expected = run(osc.triggered_cooldown(0.1, shape="linear"), 2, 30)
+    chex.assert_trees_all_equal(applied, expected)
+
+
+@pytest.mark.parametrize(
+    "nest", [*NESTINGS.values(), lambda tx: optax.MultiSteps(tx, 2)]
+)
+def test_the_loss_reaches_a_plateau_at_any_nesting(nest):
+    tx = nest(plateau(3))
+    params = {"w": jnp.ones(3), "b": GRAD}
+    state, rates = tx.init(params), []
+    for _ in range(16):
+        _, state = jax.jit(tx.update)(params, state, params, value=jnp.ones(()))
+        (rate,) = (v for k, v in osc.read_hyperparams(state).items() if "rate" in k)
+        rates.append(float(rate))
+    every = 2 if isinstance(tx, optax.MultiSteps) else 1
+    expected = 0.1 * np.float32([1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_allclose(rates[every - 1 :: every][:8], expected, rtol=1e-6)
+
+
+def test_nnx_optimizer_passes_the_loss_on():
+    net = Net()
+    optimizer = nnx.Optimizer(net, plateau(2), wrt=nnx.Param)
+    for _ in range(4):
+        optimizer.update(net, nnx.grad(net_loss)(net), value=jnp.ones(()))
+    assert osc.read_hyperparams(optimizer)["cooldown"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"^`value` must be given to `update`.*got None\.$"),
+        (np.ones(2), r"^`value` must be a single number, got .* shape \(2,\)\.$"),
+    ],
+)
+def test_a_plateau_needs_the_loss(value, message):
+    tx = plateau(3)
+    with pytest.raises(ValueError, match=message):
+        tx.update(GRAD, tx.init(GRAD), value=value)
