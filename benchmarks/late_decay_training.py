@@ -237,8 +237,9 @@ class Tester:
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        self.model = setup.task.make_model(nnx.Rngs(0))
-        self.graph = nnx.graphdef(self.model)
+        # The shapes of a network compile faster than its weights.
+        network = nnx.eval_shape(lambda: setup.task.make_model(nnx.Rngs(0)))
+        self.graph = nnx.graphdef(network)
         self.score = jax.jit(self._score)
 
     def _score(self, params: Any, other: Any, batch: data.Batch) -> jax.Array:
@@ -259,6 +260,7 @@ class Tester:
     def all(self, state: Any) -> dict[str, np.ndarray]:
         """On the images that are reported, of ``WEIGHTS``."""
         params, other, opt_state = state
+        model = nnx.merge(self.graph, params, other, copy=True)
         images = self.setup.task.train[0][:2000]
         batches = [images[k : k + 500] for k in range(0, len(images), 500)]
         scores = {}
@@ -267,7 +269,7 @@ class Tester:
                 params = osc.eval_params(opt_state, state[0], name=name)
             if name != "last":
                 other = osc.recalibrate_batch_stats(
-                    self.model, params, batches, num_passes=1
+                    model, params, batches, num_passes=1
                 )
             scores[name] = np.asarray(self.score(params, other, self.setup.test))
         return scores

@@ -57,8 +57,9 @@ def _is_averaged(leaf: Any) -> bool:
 
 def _round_at_random(key: jax.Array, wide: jax.Array) -> jax.Array:
     """A float32 as one of its two neighbours in bfloat16; the mean is the float32."""
-    if wide.dtype != jnp.float32:
+    if jnp.iscomplexobj(wide):
         return wide
+    wide = wide.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(wide, jnp.uint32)
     noise = jax.random.bits(key, wide.shape, jnp.uint32) >> 16
     rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
@@ -141,7 +142,8 @@ def _average(
         sampled = is_sample(state.count)
         added = gain(state.count, state.num_samples)
         total = state.total_weight + added * (1 - state.total_weight)
-        weight = added / total
+        # Where every decay so far was 1, the last sample has all the weight.
+        weight = jnp.where(total > 0, added / total, 1.0)
         averages = state.averages[name]
 
         def blend(mean: Any, leaf: Any) -> Any:
@@ -355,7 +357,7 @@ def ema_params(
         if warmup is None:
             return added
         power = jnp.asarray(warmup, jnp.float32)
-        return jnp.maximum(added, (num_samples + 1).astype(jnp.float32) ** -power)
+        return jnp.maximum(added, (num_samples.astype(jnp.float32) + 1) ** -power)
 
     return _average(gain, start_step, every, accumulator_dtype, rounding_seed, name)
 
@@ -507,9 +509,15 @@ def lawa_params(
 
 def _means(state: AverageState | SnapshotState) -> dict[str, optax.Params]:
     """The average of each name, like the parameters, with holes where there is none."""
+    number = array_of(state.num_samples)
+    _checks.require(
+        number.ndim == 0,
+        "opt_state",
+        "of a single run (of several: `jax.vmap(eval_params)(opt_state, params)`)",
+        f"one whose count of samples has the shape {number.shape}",
+    )
     if isinstance(state, AverageState):
         return state.averages
-    number = array_of(state.num_samples)
 
     def mean(ring: Any) -> Any:
         if is_hole(ring):
@@ -517,9 +525,7 @@ def _means(state: AverageState | SnapshotState) -> dict[str, optax.Params]:
         snapshots = array_of(ring)
         wide = snapshots.astype(wide_dtype(snapshots))
         kept = jnp.minimum(number, len(wide))
-        filled = jnp.arange(len(wide)) < kept
-        filled = filled.reshape(-1, *[1] * (wide.ndim - 1))
-        total = jnp.where(filled, wide, 0).sum(0)
+        total = wide.sum(0)  # Snapshots not yet taken are 0.
         return total / jnp.maximum(kept, 1).astype(total.dtype)
 
     return {
@@ -579,7 +585,8 @@ def eval_params(
 
     Raises:
       ValueError: If there is no average in the state, or several and ``name`` does not
-        say which, or one of other paths or shapes than ``params``.
+        say which, or one of other paths or shapes than ``params``; or if the state has
+        a leading axis, as of ``jax.vmap``, which can read it too.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -404,7 +404,7 @@ def recalibrate_batch_stats(
     deeper. After as many passes as there are norms in a row, all are those of the whole
     data set computed at once, however it is cut into batches. A pass costs an
     evaluation of ``batches``. ``num_passes=1`` is what averaging in training mode gives
-    (PreciseBN): take batches as large as in training then, in an order of their own.
+    (PreciseBN): take shuffled batches as large as in training then.
 
     Args:
       model: A Flax NNX module, which stays as it is, or a Linen module.

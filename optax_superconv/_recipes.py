@@ -491,6 +491,19 @@ def _late_decay_rate(
     return triggered_cooldown(schedule, end_value=end, shape=shape)
 
 
+def _last(
+    average: optax.GradientTransformation | None,
+) -> list[optax.GradientTransformation]:
+    if average is None:
+        return []
+    if not (hasattr(average, "init") and hasattr(average, "update")):
+        raise TypeError(
+            "`average` must be a gradient transformation such as `ema_params(0.999)`, "
+            f"got {average!r} of type {type(average).__name__}."
+        )
+    return [average]
+
+
 def late_decay_sgd(
     peak_learning_rate: ArrayLike,
     total_steps: int | None,
@@ -572,6 +585,8 @@ def late_decay_sgd(
       Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
       Durations <https://arxiv.org/abs/2405.18392>`_, 2024.
     """
+    rule = _checks.DECAY_RULE
+    _checks.number_or_schedule("momentum", momentum, rule, _checks.decay_rate)
     rates = {
         "peak_learning_rate": peak_learning_rate,
         "init_learning_rate": init_learning_rate,
@@ -583,7 +598,7 @@ def late_decay_sgd(
             momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype
         ),
         _late_decay_rate(rates, total_steps, warmup_steps, decay_steps, shape),
-        *([average] if average is not None else []),
+        *_last(average),
     )
 
 
@@ -674,5 +689,5 @@ def late_decay_adamw(
         scale_by_scheduled_adam(b1, b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov),
         _decay(weight_decay, weight_decay_mask),
         _late_decay_rate(rates, total_steps, warmup_steps, decay_steps, shape),
-        *([average] if average is not None else []),
+        *_last(average),
     )

@@ -121,9 +121,10 @@ def test_an_exponential_decay_from_zero_goes_to_the_end():
     np.testing.assert_array_equal(rates, np.float32([0.0] + [0.01] * (STEPS - 1)))
 
 
-def test_the_record_shows_how_much_of_the_cooldown_is_over():
-    expected = np.clip((np.arange(STEPS) - 5) / 4, 0, 1)
-    shown = run(osc.triggered_cooldown(0.1), 5, 4)["cooldown"]
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_record_shows_how_much_of_the_cooldown_is_over(n):
+    expected = np.clip((np.arange(STEPS) - 5) / n, 0, 1)
+    shown = run(osc.triggered_cooldown(0.1), 5, n)["cooldown"]
     np.testing.assert_array_equal(shown, np.float32(expected))
 
 

@@ -36,6 +36,14 @@ def fine_tune(total_steps=10, **options):
     return osc.fine_tune_adamw(options.pop("peak", 0.1), total_steps, LABELS, **options)
 
 
+COOLDOWN = osc.triggered_cooldown(0.1).init(None)
+TWO = {"a": COOLDOWN, "b": COOLDOWN}
+
+
+def sgd(total_steps=10, **options):
+    return osc.late_decay_sgd(options.pop("peak", 0.1), total_steps, **options)
+
+
 BAD_VALUES = [
     # call, argument, rule, value
     (lambda: osc.onecycle_schedule(1.0, 0), "total_steps", "at least 1", "0"),
@@ -441,6 +449,170 @@ BAD_VALUES = [
         "at least 0 and less than `total_steps`",
         "4",
     ),
+    (lambda: osc.triggered_cooldown(np.nan), "schedule", "finite", "nan"),
+    (
+        lambda: osc.triggered_cooldown(0.1, end_value=np.inf),
+        "end_value",
+        "finite",
+        "inf",
+    ),
+    (
+        lambda: osc.triggered_cooldown(0.1, shape="exponential"),
+        "end_value",
+        'above 0 with shape="exponential"',
+        "0.0",
+    ),
+    (
+        lambda: osc.triggered_cooldown(0.0, end_value=0.1, shape="exponential"),
+        "schedule",
+        "above 0",
+        "0.0",
+    ),
+    (
+        lambda: osc.triggered_cooldown(0.1, shape="step"),
+        "shape",
+        "one of 'linear'",
+        "'step'",
+    ),
+    (
+        lambda: osc.triggered_cooldown(0.1, plateau_steps=3),
+        "plateau_cooldown_steps",
+        "given with `plateau_steps`",
+        "None",
+    ),
+    (
+        lambda: osc.triggered_cooldown(0.1, plateau_cooldown_steps=3),
+        "plateau_steps",
+        "given with `plateau_cooldown_steps`",
+        "None",
+    ),
+    (
+        lambda: osc.triggered_cooldown(0.1, plateau_steps=0, plateau_cooldown_steps=3),
+        "plateau_steps",
+        "at least 1",
+        "0",
+    ),
+    (
+        lambda: osc.triggered_cooldown(0.1, plateau_steps=3, plateau_cooldown_steps=-1),
+        "plateau_cooldown_steps",
+        "at least 1",
+        "-1",
+    ),
+    (
+        lambda: osc.triggered_cooldown(0.1, plateau_rtol=-0.1),
+        "plateau_rtol",
+        "at least 0",
+        "-0.1",
+    ),
+    (lambda: osc.start_cooldown(COOLDOWN, 0), "cooldown_steps", "at least 1", "0"),
+    (
+        lambda: osc.start_cooldown(COOLDOWN, jnp.array([2, -1])),
+        "cooldown_steps",
+        "at least 1",
+        "[ 2 -1]",
+    ),
+    (
+        lambda: osc.start_cooldown(COOLDOWN, 2**31),
+        "cooldown_steps",
+        "at most 2147483647",
+        "2147483648",
+    ),
+    (
+        lambda: osc.start_cooldown(COOLDOWN, np.array([2**31])),
+        "cooldown_steps",
+        "at most 2147483647",
+        "[2147483648]",
+    ),
+    (
+        lambda: osc.start_cooldown(COOLDOWN, np.array([2, 3])),
+        "cooldown_steps",
+        "a single number, or of the shape () of the state's count",
+        "shape (2,)",
+    ),
+    (
+        lambda: osc.start_cooldown(optax.sgd(0.1, momentum=0.9).init(0.0), 3),
+        "opt_state",
+        "of an optimizer with a `triggered_cooldown`",
+        "TraceState, EmptyState",
+    ),
+    (lambda: osc.start_cooldown({}, 3), "opt_state", "of an optimizer", "a dict"),
+    (
+        lambda: osc.start_cooldown(TWO, 3),
+        "which",
+        "the path of one of 2 triggers ('a', 'b'), or \"all\"",
+        "None",
+    ),
+    (
+        lambda: osc.start_cooldown(TWO, 3, which="c"),
+        "which",
+        "one of 'a', 'b', or \"all\"",
+        "'c'",
+    ),
+    (
+        lambda: osc.start_cooldown(osc.start_cooldown(TWO, 3, which="b"), 4, which="b"),
+        "opt_state",
+        "one whose cooldown has not been started",
+        "one at 'b' that cools down since step 0 over 3 steps",
+    ),
+    (lambda: osc.average_params(0.0), "weight", "above 0 and at most 1", "0.0"),
+    (lambda: osc.average_params(1.5), "weight", "above 0 and at most 1", "1.5"),
+    (lambda: osc.ema_params(1.0), "decay", "at least 0 and less than 1", "1.0"),
+    (lambda: osc.ema_params(0.9, warmup=0), "warmup", "above 0 and at most 1", "0"),
+    (lambda: osc.ema_params(0.9, start_step=-1), "start_step", "at least 0", "-1"),
+    (lambda: osc.swa_params(-1), "start_step", "at least 0", "-1"),
+    (lambda: osc.swa_params(0, every=0), "every", "at least 1", "0"),
+    (lambda: osc.lawa_params(0), "window", "at least 1", "0"),
+    (lambda: osc.lawa_params(2, every=0), "every", "at least 1", "0"),
+    (lambda: osc.polynomial_weights(-1), "power", "at least 0", "-1"),
+    (
+        lambda: osc.ema_params(0.9, accumulator_dtype=int),
+        "accumulator_dtype",
+        "a floating-point type",
+        "int64",
+    ),
+    (
+        lambda: osc.ema_params(0.9, rounding_seed=0),
+        "accumulator_dtype",
+        "bfloat16 with `rounding_seed`",
+        "None",
+    ),
+    (lambda: sgd(0), "total_steps", "at least 1", "0"),
+    (lambda: sgd(peak=-1), "peak_learning_rate", "at least 0", "-1"),
+    (lambda: sgd(None, peak=-1), "peak_learning_rate", "at least 0", "-1"),
+    (
+        lambda: sgd(None, init_learning_rate=0.2),
+        "init_learning_rate",
+        "at most `peak_learning_rate` (0.1)",
+        "0.2",
+    ),
+    (
+        lambda: sgd(end_learning_rate=0.2),
+        "end_learning_rate",
+        "at most `peak_learning_rate` (0.1)",
+        "0.2",
+    ),
+    (
+        lambda: sgd(None, shape="exponential"),
+        "end_learning_rate",
+        "above 0",
+        "0.0",
+    ),
+    (
+        lambda: sgd(None, decay_steps=3),
+        "decay_steps",
+        "None without `total_steps` (give the length to `start_cooldown`)",
+        "3",
+    ),
+    (
+        lambda: sgd(warmup_steps=4, decay_steps=7),
+        "warmup_steps + decay_steps",
+        "at most `total_steps` (10)",
+        "4 + 7",
+    ),
+    (lambda: sgd(None, warmup_steps=-1), "warmup_steps", "at least 0", "-1"),
+    (lambda: sgd(None, momentum=1.0), "momentum", "less than 1", "1.0"),
+    (lambda: sgd(weight_decay=-1.0), "weight_decay", "at least 0", "-1.0"),
+    (lambda: osc.late_decay_adamw(0.1, 10, b1=1), "b1", "less than 1", "1"),
 ]
 
 
@@ -515,6 +687,34 @@ BAD_TYPES = [
     (lambda: fine_tune(freeze_steps=2.0), "freeze_steps", "float"),
     (lambda: fine_tune(freeze_steps=None), "freeze_steps", "NoneType"),
     (lambda: fine_tune(decay="x"), "decay", "str"),
+    (lambda: osc.triggered_cooldown("x"), "schedule", "str"),
+    (lambda: osc.triggered_cooldown(0.1, shape=1), "shape", "int"),
+    (lambda: osc.triggered_cooldown(0.1, plateau_steps=2.0), "plateau_steps", "float"),
+    (lambda: osc.start_cooldown(COOLDOWN, 3.0), "cooldown_steps", "float"),
+    (lambda: osc.start_cooldown(COOLDOWN, True), "cooldown_steps", "bool"),
+    (lambda: osc.start_cooldown(COOLDOWN, None), "cooldown_steps", "NoneType"),
+    (lambda: osc.start_cooldown(COOLDOWN, np.ones(2)), "cooldown_steps", "float"),
+    (
+        lambda: jax.jit(osc.start_cooldown)(COOLDOWN, 3.0),
+        "cooldown_steps",
+        "float32",
+    ),
+    (lambda: osc.average_params("x"), "weight", "str"),
+    (lambda: osc.ema_params(0.9, every=2.0), "every", "float"),
+    (lambda: osc.ema_params(0.9, warmup="x"), "warmup", "str"),
+    (
+        lambda: osc.ema_params(0.9, accumulator_dtype=jnp.bfloat16, rounding_seed=0.5),
+        "rounding_seed",
+        "float",
+    ),
+    (lambda: osc.ema_params(0.9, name=3), "name", "int"),
+    (lambda: osc.lawa_params(2, name=None), "name", "NoneType"),
+    (lambda: osc.lawa_params(2.0), "window", "float"),
+    (lambda: osc.polynomial_weights(None), "power", "NoneType"),
+    (lambda: sgd("10"), "total_steps", "str"),
+    (lambda: sgd(momentum=None), "momentum", "NoneType"),
+    (lambda: sgd(None, warmup_steps=None), "warmup_steps", "NoneType"),
+    (lambda: sgd(average=0.999), "average", "float"),
 ]
 
 
