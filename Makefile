@@ -23,16 +23,20 @@ types: .venv/dev.stamp
 check: lint types test
 
 # What the README quotes, on an otherwise idle machine; minutes, and for the quality of
-# suggestions half an hour: make bench-quality DATA=path/to/cifar10
+# suggestions, transfer and late decay hours: make bench-quality DATA=path/to/cifar10
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
 	$(BIN)/python benchmarks/groups.py --out benchmarks/results
+	$(BIN)/python benchmarks/late_decay_minimum_norm.py --out benchmarks/results
+	$(BIN)/python benchmarks/large_rate_regimes.py --out benchmarks/results
 	$(BIN)/python benchmarks/harness.py
 
 bench-quality: .venv/dev.stamp
 	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results \
 	    $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/transfer.py --out benchmarks/results \
+	    $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/late_decay_training.py --out benchmarks/results \
 	    $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/harness.py
 

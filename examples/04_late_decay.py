@@ -65,13 +65,17 @@ def cross_entropy(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def noisy(key, images):
+    return images + jax.random.normal(key, images.shape)
+
+
 @jax.jit
 def step(state, images, labels, key):
     params, stats, opt_state = state
 
     def loss_fn(params):
         model = nnx.merge(GRAPH, params, stats, copy=True)
-        logits = model(images + jax.random.normal(key, images.shape))
+        logits = model(noisy(key, images))
         return cross_entropy(logits, labels), nnx.state(model, nnx.BatchStat)
 
     (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -146,7 +150,9 @@ def results(run):
     params, stats, opt_state = run.state
     average = osc.eval_params(opt_state, params)
     model = nnx.merge(GRAPH, params, stats, copy=True)
-    own = osc.recalibrate_batch_stats(model, average, [run.data[0]])
+    keys = jax.random.split(jax.random.key(run.seed), 8)
+    seen = [noisy(key, run.data[0][0]) for key in keys]  # As it was trained on.
+    own = osc.recalibrate_batch_stats(model, average, seen)
     return [
         evaluate(params, stats, run.data[2]),
         evaluate(average, own, run.data[2]),
@@ -214,7 +220,7 @@ def main():
     table = Table(title=f"Test loss, accuracy (%), mean ± s.d. of {len(seeds)} seeds")
     weights = ("last weights", "average", "average, statistics of the run")
     for column in ("branch", "steps", *weights):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column != weights[-1])
     for name in runs[0]:
         branches = [run[name] for run in runs]
         measured = np.array([results(run) for run in branches])
@@ -224,7 +230,7 @@ def main():
             for k in range(3)
         )
         table.add_row(name, steps, *pairs)
-    console = Console()
+    console = Console(width=110)
     console.print(table)
     path = args.out / "04_late_decay.png"
     draw(runs[0], path)

@@ -166,9 +166,11 @@ def move(
     remaining = steps - elapsed
     inside = (elapsed > 0) & (remaining > 0)
     # At the ends a shape may have no derivative, so keep away from them.
-    length = jnp.maximum(steps, 1).astype(dtype)
+    # Times the inverse, to which XLA turns a division when the length is a constant:
+    # so a length that is data gives the same bits.
+    per_step = 1 / jnp.maximum(steps, 1).astype(dtype)
     fractions = (
-        jnp.where(inside, part.astype(dtype) / length, 0.5)
+        jnp.where(inside, part.astype(dtype) * per_step, 0.5)
         for part in (elapsed, remaining)
     )
     curve = _interpolate(start, end, shape, *fractions)
