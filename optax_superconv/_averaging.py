@@ -194,7 +194,7 @@ def average_params(
 
     The update of step ``count`` = 0, 1, ... gives a sample if ``count`` is
     ``start_step`` or a multiple of ``every`` steps later. (To sample the ends of epochs
-    of E steps from epoch k on: ``start_step=k * E - 1, every=E``.)
+    of E steps from epoch k = 0, 1, ... on: ``start_step=(k + 1) * E - 1, every=E``.)
 
     Args:
       weight: :math:`w(n)` in (0, 1], a number or a function of the number of samples
@@ -643,7 +643,7 @@ def eval_params(
 
     def averaged(path: str, leaf: Any) -> Any:
         if path not in chosen:
-            return leaf
+            return jax.tree.map(lambda array: array, leaf)  # No Variable is shared.
         _, state, average = chosen[path]
         now = array_of(leaf)
         _checks.require(

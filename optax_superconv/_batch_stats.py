@@ -326,6 +326,11 @@ def _linen_network(model: Any, params: Any) -> Network:
 
 
 def _call(model: Any, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        raise ValueError(
+            "`forward` must be given for batches that are neither arrays nor tuples, "
+            f"got None and a batch of {sorted(batch)}."
+        )
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
@@ -420,8 +425,9 @@ def recalibrate_batch_stats(
         model comes bound to its variables. None calls ``model(batch[0])`` if the batch
         is a tuple or a list and ``model(batch)`` if not. Give the same function again,
         not a new lambda, and nothing compiles again.
-      num_passes: None: one pass over an iterator, which can be read only once, and over
-        anything else until all norms are exact, at most one pass per norm.
+      num_passes: None: one pass over an iterator, which can be read only once and is
+        exact for the first norm alone; over anything else until all norms are exact, at
+        most one pass per norm.
 
     Returns:
       The statistics with their structure and dtypes. NNX: an ``nnx.State`` of the
@@ -521,14 +527,18 @@ def recalibrate_batch_stats(
             called = any(np.any(count) for count, *_ in totals)
             rule = "a function that calls a batch norm of `model`"
             _checks.require(called, "forward", rule, forward)
-        stats = _found(totals, network.stats)
+        used, stats = stats, _found(totals, network.stats)
         if index + 1 == passes or seen == 1:
             break  # A single batch is the population.
+        settled = concrete and all(map(np.all, known))
+        if settled and all(
+            map(np.array_equal, jax.tree.leaves(used), jax.tree.leaves(stats))
+        ):
+            break
         others = step(_unless_known(stats, known, _OTHERS), zeros, first)
         exact = _unmoved(once_observed, others)
         before, known = known, [a | b for a, b in zip(known, exact, strict=True)]
-        if concrete and (
-            all(map(np.all, known)) or all(map(np.array_equal, before, known))
-        ):
-            break  # Another pass would find the same.
+        stuck = concrete and all(map(np.array_equal, before, known))
+        if stuck and not all(map(np.all, known)):
+            break  # Norms that are called several times: no pass would change it.
     return network.finish(stats)

@@ -1,8 +1,8 @@
 """When does the decay begin, if that is decided while the run goes on?
 
-A rate that has been decayed cannot be raised again, so the time of the decay is best
-decided late: when the loss no longer falls, the data run out, or a result is due. Start
-and length of the cooldown are therefore data in the optimizer's state: nothing is
+What a decay has settled, a later rise of the rate undoes, so the time of the decay is
+best decided late: when the loss no longer falls, the data run out, or a result is due.
+Start and length of the cooldown are therefore data in the optimizer's state: nothing is
 traced again, checkpoints carry the decision, and one state may be forked into cooldowns
 of several lengths by ``jax.vmap``.
 """
@@ -115,9 +115,10 @@ def triggered_cooldown(
         warm-up that ends in a constant.
       end_value: Rate at the end of the cooldown, finite.
       shape: Of the cooldown; see :class:`Phase`. ``"exponential"`` needs an
-        ``end_value`` above 0.
+        ``end_value`` above 0, and goes there at once from a rate of 0.
       plateau_steps: Updates without progress that start the cooldown, at least 1; None
-        leaves the start to :func:`start_cooldown`. Each update then needs the loss:
+        leaves the start to :func:`start_cooldown`. Those of a warm-up count, so it
+        should be longer than that. Each update then needs the loss:
         ``tx.update(grads, state, params, value=loss)``.
       plateau_cooldown_steps: Steps of the cooldown that a plateau starts, at least 1.
       plateau_rtol: Fall of the smoothed loss, relative to its lowest value, that counts
@@ -171,27 +172,26 @@ def triggered_cooldown(
     _checks.number(
         "plateau_rtol", plateau_rtol, "finite and at least 0", _checks.non_negative
     )
-    for name, steps, other, given in (
-        ("plateau_steps", plateau_steps, "plateau_cooldown_steps",
-         plateau_cooldown_steps),
-        ("plateau_cooldown_steps", plateau_cooldown_steps, "plateau_steps",
-         plateau_steps),
-    ):  # fmt: skip
+    lengths = {
+        "plateau_steps": plateau_steps,
+        "plateau_cooldown_steps": plateau_cooldown_steps,
+    }
+    for (name, steps), other in zip(lengths.items(), reversed(lengths), strict=True):
         if steps is not None:
             _checks.steps(name, steps, at_least=1)
+        needed = lengths[other] is not None
         _checks.require(
-            steps is not None or given is None, name, f"given with `{other}`", steps
+            steps is not None or not needed, name, f"given with `{other}`", steps
         )
 
     def init_fn(params: optax.Params) -> TriggeredCooldownState:
         del params
-        zero, nothing = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
         return TriggeredCooldownState(
-            zero,
+            jnp.zeros([], jnp.int32),
             jnp.full([], _NEVER, jnp.int32),
             jnp.zeros([], jnp.int32),
             PlateauState(
-                nothing,
+                jnp.zeros([], jnp.float32),
                 jnp.zeros([], jnp.float32),
                 jnp.full([], math.inf, jnp.float32),
                 jnp.zeros([], jnp.int32),
@@ -199,7 +199,7 @@ def triggered_cooldown(
             AppliedHyperparams(
                 {
                     "cooldown": jnp.zeros([], jnp.float32),
-                    "learning_rate": value_at(schedule, zero),
+                    "learning_rate": value_at(schedule, jnp.zeros([], jnp.int32)),
                 }
             ),
         )
@@ -295,7 +295,8 @@ def _started(
     idle = steps == 0
     new_start = jnp.where(idle, count, start)
     new_steps = jnp.where(idle, length, steps)
-    # A Flax Variable stays what it is.
+    # A Flax Variable stays what it is, but is not shared: its owner writes into it.
+    state = jax.tree.map(lambda leaf: leaf, state)
     return state._replace(
         start_step=jax.tree.map(lambda _: new_start, state.start_step),
         cooldown_steps=jax.tree.map(lambda _: new_steps, state.cooldown_steps),
@@ -327,7 +328,8 @@ def start_cooldown(
 
     Returns:
       The state with its cooldown started; the one given is left as it was. Under
-      tracing, a cooldown that has been started before stays as it is.
+      tracing, a cooldown that has been started before stays as it is, and so do those
+      of a state with a leading axis, unless all have been started.
 
     Raises:
       ValueError: If there is no trigger in the state, or several and ``which`` does not

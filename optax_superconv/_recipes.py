@@ -540,8 +540,9 @@ def late_decay_sgd(
       warmup_steps: Steps of the linear warm-up, at least 0 and below ``total_steps``.
       decay_steps: Steps of the decay at the end; None is
         ``round(0.2 * total_steps)``. Without ``total_steps`` it must be None.
-      init_learning_rate: Rate at step 0, if there is a warm-up.
-      end_learning_rate: Rate at the end of the decay.
+      init_learning_rate: Rate at step 0, if there is a warm-up; at least 0 and at most
+        the peak.
+      end_learning_rate: Rate at the end of the decay; at least 0 and at most the peak.
       shape: Of the decay; see :class:`Phase`.
       momentum: :math:`\mu` in [0, 1), or a schedule.
       nesterov: Whether to use Nesterov momentum.
@@ -641,8 +642,9 @@ def late_decay_adamw(
       warmup_steps: Steps of the linear warm-up, at least 0 and below ``total_steps``.
       decay_steps: Steps of the decay at the end; None is
         ``round(0.2 * total_steps)``. Without ``total_steps`` it must be None.
-      init_learning_rate: Rate at step 0, if there is a warm-up.
-      end_learning_rate: Rate at the end of the decay.
+      init_learning_rate: Rate at step 0, if there is a warm-up; at least 0 and at most
+        the peak.
+      end_learning_rate: Rate at the end of the decay; at least 0 and at most the peak.
       shape: Of the decay; see :class:`Phase`.
       b1: Decay of the first moment in [0, 1), or a schedule.
       b2: Decay of the second moment in [0, 1), or a schedule.

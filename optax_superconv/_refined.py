@@ -244,11 +244,16 @@ def _check_norms(gradient_norms: Any, at_least: int) -> np.ndarray:
             f"{type(gradient_norms).__name__}. Build the schedule outside `jit`."
         )
     norms = np.asarray(gradient_norms)
+    kinds = (jnp.floating, jnp.integer)
+    if not any(jnp.issubdtype(norms.dtype, kind) for kind in kinds):
+        raise TypeError(
+            f"`{name}` must be numbers, got {gradient_norms!r} of type "
+            f"{type(gradient_norms).__name__}."
+        )
     _checks.require(norms.ndim == 1, name, "one-dimensional", f"shape {norms.shape}")
     _checks.require(
         len(norms) >= at_least, name, f"at least {at_least} norms", len(norms)
     )
-    _checks.number(name, norms[:0])  # The type alone.
     norms = norms.astype(np.float64)
     good = np.isfinite(norms) & (norms >= 0)
     first = int(np.argmin(good))

@@ -160,6 +160,14 @@ def test_deep_linen_equals_the_whole_data_set(linen_dense):
     )
 
 
+def test_a_first_batch_that_shows_nothing_ends_no_pass(dense):
+    model, params = dense
+    batches = [np.zeros((0, 4), np.float32), *inputs()]
+    stats = recalibrate_batch_stats(model, params, batches)
+    expected = dense_reference(nnx_weights(params), np.concatenate(inputs()))
+    assert_close(pairs(stats), expected)
+
+
 def test_what_training_mode_finds_on_the_whole_data_set(dense):
     model, params = dense
     stats = recalibrate_batch_stats(model, params, inputs())
@@ -248,7 +256,7 @@ def test_passes_are_as_many_as_norms_in_a_row():
 
     model, loader = Parallel(nnx.Rngs(0)), Loader()
     recalibrate_batch_stats(model, nnx.state(model, nnx.Param), loader)
-    assert loader.passes == 2
+    assert loader.passes == 3  # The third finds what the second did.
 
 
 def test_stacked_batches(dense):

@@ -538,3 +538,20 @@ def test_a_plateau_needs_the_loss(value, message):
     tx = plateau(3)
     with pytest.raises(ValueError, match=message):
         tx.update(GRAD, tx.init(GRAD), value=value)
+
+
+def test_a_branch_of_an_nnx_optimizer_leaves_the_stable_state_alone():
+    schedule = osc.phase_schedule(0.0, [(10, 0.1)])
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, osc.triggered_cooldown(schedule), wrt=nnx.Param)
+    grads = nnx.state(model, nnx.Param)
+    for _ in range(4):
+        optimizer.update(model, grads)
+    stable = optimizer.opt_state
+    optimizer.opt_state = osc.start_cooldown(stable, 4)
+    for _ in range(3):
+        optimizer.update(model, grads)
+    optimizer.opt_state = stable
+    optimizer.update(model, grads)
+    applied = osc.read_hyperparams(optimizer)["learning_rate"]
+    np.testing.assert_allclose(applied, 0.04, rtol=1e-6)
