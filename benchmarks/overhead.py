@@ -3,8 +3,8 @@
 On a tree of 576 leaves, a step of ``onecycle_adamw``, or of ``late_decay_adamw`` with
 its trigger, takes at most 1.10 times that of ``optax.adamw`` and its state is at most
 4 KiB larger; ``inject_hyperparams`` with the same schedules is there for comparison. An
-average is not free: it reads and writes a copy of the parameters. A range test of 100 steps takes at most 1.05
-times the same 100 jitted steps run bare.
+average is not free: it reads and writes a copy of the parameters. A range test of 100
+steps takes at most 1.05 times the same 100 jitted steps run bare.
 
     python benchmarks/overhead.py [--smoke] [--out FOLDER]
 
