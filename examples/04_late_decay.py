@@ -189,7 +189,7 @@ def draw(runs, path):
         style = {"color": line.get_color(), "linestyle": ":"}
         bottom.plot([*run.log], averages, **style)
     top.set(ylabel="learning rate", title="Branches of one run")
-    top.legend(loc="lower left")
+    top.legend(loc="lower left", bbox_to_anchor=(0.12, 0.05))
     bottom.plot([], [], "k", label="last weights")
     bottom.plot([], [], "k:", label="their average")
     bottom.set(xlabel="step", ylabel="validation loss", yscale="log")
