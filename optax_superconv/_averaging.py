@@ -190,7 +190,8 @@ def average_params(
 
     for the n-th sample, counted from 0. The first is taken whole, whatever ``w(0)`` is.
     Put it last in the chain: it adds the updates that reach it to the parameters, as
-    ``optax.apply_updates`` will. :func:`eval_params` reads the average.
+    ``optax.apply_updates`` will (anywhere else, what it averages are no parameters).
+    :func:`eval_params` reads the average.
 
     The update of step ``count`` = 0, 1, ... gives a sample if ``count`` is
     ``start_step`` or a multiple of ``every`` steps later. (To sample the ends of epochs

@@ -96,8 +96,8 @@ def triggered_cooldown(
 
     Stands where ``optax.scale_by_learning_rate`` would, at the end of a chain. The rate
     follows ``schedule`` until :func:`start_cooldown` is called on the state. From the
-    next update on, step k, it falls from its value there to ``end_value`` in the n
-    steps that the call asked for,
+    next update on, step k, it falls from its value there (0 at the start of a warm-up)
+    to ``end_value`` in the n steps that the call asked for,
 
     .. math:: \eta_t = E + (\eta_k - E)\, g\Big(\frac{k + n - t}{n}\Big),
 
@@ -263,8 +263,7 @@ def _checked_length(cooldown_steps: Any) -> jax.Array:
             f"at least 1 and at most {_checks.MAX_STEPS}",
             cooldown_steps,
         )
-    # A traced length cannot be refused; 0 would mean that nothing was triggered.
-    return jnp.maximum(jnp.asarray(cooldown_steps, jnp.int32), 1)
+    return jnp.asarray(cooldown_steps, jnp.int32)
 
 
 def _started(
@@ -292,7 +291,7 @@ def _started(
             "one whose cooldown has not been started",
             f"one{at} that cools down since step {start} over {steps} steps",
         )
-    idle = steps == 0
+    idle = (steps == 0) & (length > 0)
     new_start = jnp.where(idle, count, start)
     new_steps = jnp.where(idle, length, steps)
     # A Flax Variable stays what it is, but is not shared: its owner writes into it.
@@ -321,13 +320,15 @@ def start_cooldown(
       opt_state: An optimizer state, or any pytree that holds one, as a Linen
         ``TrainState``.
       cooldown_steps: Length of the cooldown in optimizer steps, at least 1: an int or
-        an integer array, which may be traced (then a smaller value counts as 1). For a
-        state with a leading axis, as of ``vmap``, one for all or an array.
+        an integer array, which may be traced. A traced length below 1 starts nothing,
+        so ``start_cooldown(state, jnp.where(press, 100, 0))`` decides inside ``jit``.
+        For a state with a leading axis, as of ``vmap``, one for all or an array.
       which: Where there are several triggers, as in ``optax.partition``: the path of
         one, as the error lists them, or ``"all"``.
 
     Returns:
-      The state with its cooldown started; the one given is left as it was. Under
+      The state with its cooldown started, to be used in place of the one given, which
+      is left as it was (of an ``nnx.Optimizer`` too: a new one is returned). Under
       tracing, a cooldown that has been started before stays as it is, and so do those
       of a state with a leading axis, unless all have been started.
 
@@ -359,7 +360,8 @@ def start_cooldown(
     _checks.require(
         bool(found),
         "opt_state",
-        "of an optimizer with a `triggered_cooldown`",
+        "of an optimizer with a `triggered_cooldown`, such as `late_decay_adamw`, in "
+        "the containers that `init` made",
         states_in(opt_state),
     )
     paths = ", ".join(map(repr, found))

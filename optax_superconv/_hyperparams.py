@@ -335,7 +335,8 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
         ``nnx.state(optimizer)``, which keeps no trace of the transformations.)
 
     Returns:
-      Name to value, 0-dimensional float32 arrays: ``learning_rate``, ``momentum`` or
+      Name to value, float32 arrays without axes (but those of a state made by
+      ``vmap``): ``learning_rate``, ``momentum`` or
       ``b1``, ``weight_decay``, and whatever ``inject_hyperparams`` holds, in its dtype.
       Inside ``partition`` and :func:`gradual_unfreezing` the names are
       ``name/<label>``, and :func:`scale_by_group` adds ``learning_rate/<label>``, the

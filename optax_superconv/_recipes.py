@@ -527,9 +527,9 @@ def late_decay_sgd(
 
     (without Nesterov, :math:`\theta_t - \eta_t m_t`), with the rate of
     :func:`warmup_stable_decay_schedule`. Without ``total_steps`` the rate stays at the
-    peak until :func:`start_cooldown` is called on the state. Both have the same state,
-    so a checkpoint of an open-ended run continues in a run of known length, and the
-    trigger works in both: in a run of known length it decays earlier.
+    peak until :func:`start_cooldown` is called on the state. The state is the same with
+    and without ``total_steps``, so a checkpoint of an open-ended run continues in a run
+    of known length, and the trigger works there too: it decays earlier.
 
     Args:
       peak_learning_rate: The rate between warm-up and decay;
@@ -550,7 +550,8 @@ def late_decay_sgd(
       weight_decay_mask: What is decayed; see :func:`onecycle_sgd`.
       accumulator_dtype: Of the momentum; see :func:`scheduled_trace`.
       average: Last in the chain: :func:`ema_params`, :func:`swa_params`,
-        :func:`lawa_params` or another; None is none. :func:`eval_params` reads it.
+        :func:`lawa_params` or another, several as an ``optax.chain`` of them; None is
+        none. :func:`eval_params` reads it.
         Under ``optax.inject_hyperparams`` name it in ``static_args``.
 
     Returns:
@@ -629,9 +630,9 @@ def late_decay_adamw(
 
     with the moments of :func:`scale_by_scheduled_adam` and the rate of
     :func:`warmup_stable_decay_schedule`. Without ``total_steps`` the rate stays at the
-    peak until :func:`start_cooldown` is called on the state. Both have the same state,
-    so a checkpoint of an open-ended run continues in a run of known length, and the
-    trigger works in both: in a run of known length it decays earlier.
+    peak until :func:`start_cooldown` is called on the state. The state is the same with
+    and without ``total_steps``, so a checkpoint of an open-ended run continues in a run
+    of known length, and the trigger works there too: it decays earlier.
 
     Args:
       peak_learning_rate: The rate between warm-up and decay; with language models about
@@ -655,7 +656,8 @@ def late_decay_adamw(
       weight_decay_mask: What is decayed; see :func:`onecycle_adamw`.
       mu_dtype: Of the first moment; see :func:`scale_by_scheduled_adam`.
       average: Last in the chain: :func:`ema_params`, :func:`swa_params`,
-        :func:`lawa_params` or another; None is none. :func:`eval_params` reads it.
+        :func:`lawa_params` or another, several as an ``optax.chain`` of them; None is
+        none. :func:`eval_params` reads it.
         Under ``optax.inject_hyperparams`` name it in ``static_args``.
 
     Returns:

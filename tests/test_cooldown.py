@@ -193,9 +193,11 @@ def test_a_second_call_inside_jit_keeps_the_first():
     assert (again.start_step, again.cooldown_steps) == (0, 3)
 
 
-def test_a_traced_length_below_one_counts_as_one():
+@pytest.mark.parametrize("length", [0, -3])
+def test_a_traced_length_below_one_starts_nothing(length):
     state = osc.triggered_cooldown(0.1).init(GRAD)
-    assert jax.jit(osc.start_cooldown)(state, -3).cooldown_steps == 1
+    started = jax.jit(osc.start_cooldown)(state, length)
+    chex.assert_trees_all_equal(started, state)
 
 
 def test_state_and_parameters_may_be_donated_across_the_trigger():
