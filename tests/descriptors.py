@@ -175,11 +175,11 @@ SCHEDULES = [
     _momentum(4),
     _phases(),
     *(_cyclical(mode) for mode in ("triangular", "triangular2", "exp_range")),
-    *(_warmup_stable_decay(shape) for shape in reference.SHAPES),
+    _warmup_stable_decay("1-sqrt"),
+    _warmup_stable_decay("exponential"),
     _cooled_onecycle("1-sqrt", 0.0),
     _cooled_onecycle("exponential", 0.9),
     _cooled_constant(),
-    _refined("adam", 1),
     _refined("sgd", 2),
 ]
 
@@ -420,14 +420,6 @@ TRANSFORMS = [
         ),
     ),
     Transform(
-        "triggered_cooldown",
-        lambda value: osc.triggered_cooldown(lambda t: value * linear_rate(t)),
-        1.0,
-        ("cooldown", "learning_rate"),
-        lambda p, g: reference.sgd(p, g, linear_rate, _constant(0.0)),
-        (osc.triggered_cooldown, {"schedule": 0.1}, ()),
-    ),
-    Transform(
         "start_cooldown",
         lambda value: _started(
             osc.triggered_cooldown(
@@ -469,7 +461,6 @@ TRANSFORMS = [
                 "rounding_seed",
             ),
             (osc.ema_params, {"decay": 0.9, "start_step": 3}, "name"),
-            (osc.swa_params, {"start_step": 2, "every": 3}, "name"),
             (osc.lawa_params, {"window": 3, "every": 2}, "window"),
         )
     ),

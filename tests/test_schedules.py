@@ -159,7 +159,9 @@ def check_onecycle(total, warmup, annihilation, shape, counts):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("total", [1, 2, 3, 4, 5, 10])
+@pytest.mark.parametrize(
+    "total", [1, 2, 3, 4, 5, pytest.param(10, marks=pytest.mark.slow)]
+)
 def test_onecycle_of_every_short_length(total, shape):
     for warmup in range(total):
         for annihilation in range(total - warmup + 1):

@@ -81,6 +81,7 @@ def test_value_may_be_batched(case):
 
 
 @every
+@pytest.mark.slow
 def test_derivative_in_the_value_is_the_finite_difference(case, x64):
     params, grads = make_params(jnp.float64), make_grads(STEPS, jnp.float64)
 
@@ -155,7 +156,14 @@ def test_state_survives_pickle_and_flatten(case):
 
 
 @every
-@pytest.mark.parametrize("step", [0, 7, TOTAL])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        7,
+        pytest.param(TOTAL, marks=pytest.mark.slow),
+    ],
+)
 def test_continues_bit_for_bit_after_a_checkpoint(case, step, tmp_path):
     tx, params, grads = case.make(case.value), make_params(), make_grads(STEPS)
     update = jax.jit(tx.update)
