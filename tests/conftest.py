@@ -1,9 +1,17 @@
-"""Eight CPU devices, and settings that are put back after the test that needs them."""
+"""Eight CPU devices, programs compiled once, and settings that are put back."""
+
+import pathlib
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# What one test, worker or run has compiled, the others load.
+jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture
