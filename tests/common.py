@@ -1,4 +1,4 @@
-"""What several test files need: parameters, gradients, runs, and how to compare them."""
+"""What several test files need: parameters, gradients, runs, comparisons."""
 
 import functools
 
@@ -43,9 +43,8 @@ def train(tx, params, grads, state=None, *, update=None):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *history), state
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def scan(tx, params, grads, state=None):
-    """The same as one program: parameters and states after each step, stacked."""
+def scan_steps(tx, params, grads, state=None):
+    """The same without a loop: parameters and states after each step, stacked."""
 
     def step(carry, g):
         params, state = carry
@@ -55,6 +54,9 @@ def scan(tx, params, grads, state=None):
 
     carry = params, tx.init(params) if state is None else state
     return jax.lax.scan(step, carry, grads)[1]
+
+
+scan = functools.partial(jax.jit, static_argnums=0)(scan_steps)
 
 
 def types(tree):

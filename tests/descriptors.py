@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 import reference
@@ -523,20 +522,3 @@ TRANSFORMS = [
         ),
     ),
 ]
-
-
-def make_params(dtype=jnp.float32):
-    rng = np.random.default_rng(0)
-    return {
-        "kernel": jnp.asarray(rng.normal(size=(8, 4)), dtype),
-        "bias": jnp.asarray(rng.normal(size=4), dtype),
-    }
-
-
-def make_grads(steps, dtype=jnp.float32):
-    """Stacked gradients, (steps, ...) per leaf."""
-    rng = np.random.default_rng(1)
-    return {
-        "kernel": jnp.asarray(rng.normal(size=(steps, 8, 4)), dtype),
-        "bias": jnp.asarray(rng.normal(size=(steps, 4)), dtype),
-    }
