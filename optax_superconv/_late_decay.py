@@ -1,12 +1,13 @@
-r"""When should the rate fall? Late, and from wherever it stands.
+r"""When should the rate fall? Late, and from the value that it has then.
 
-A run that holds a large rate and decays it only at the end finds as good a minimum as
-one that decays all along, need not know its own length beforehand, and can be cooled
-down from any of its checkpoints. :func:`with_cooldown` ends any schedule this way,
+A run can hold a large rate and decay it only at the end. It finds as good a minimum as
+a run that decays all along. It does not need to know its own length beforehand, and it
+can be cooled down from any of its checkpoints. :func:`with_cooldown` ends any schedule
+this way,
 
 .. math:: v(t) = E + (v_b - E)\, g\big((T - t)/C\big), \qquad b = T - C \le t \le T,
 
-frozen at its value :math:`v_b` where the cooldown of C steps begins;
+where :math:`v_b` is its value at step b, at which the cooldown of C steps begins.
 :func:`warmup_stable_decay_schedule` is a warm-up and a constant with such an end.
 """
 
@@ -58,35 +59,32 @@ def warmup_stable_decay_schedule(
 
     Differs from the known implementations:
 
-    1. ``end_value`` belongs to step T, one past the last update, and holds beyond.
-       transformers, timm and levanter have it there too; MaxText reaches it at
-       step T - 1, its linear decay taking D - 1 steps.
-    2. Durations are whole steps; MaxText and levanter truncate a fraction of the run.
-    3. ``end_value`` is a value, not a ratio to the peak, and is not also the value
-       that the warm-up starts from, as in transformers.
+    1. ``end_value`` belongs to step T, one step after the last update, and it also
+       holds after step T. transformers, timm and levanter have it at step T too.
+       MaxText reaches it at step T - 1, since its linear decay takes D - 1 steps.
+    2. Durations are whole steps. MaxText and levanter truncate a fraction of the run.
+    3. ``end_value`` is a value, not a ratio to the peak. In transformers the warm-up
+       also starts at the end value. Here it starts at ``init_value``.
     4. ``"exponential"`` is geometric. It is MiniCPM's halving every h steps for
-       ``end_value = peak_value * 0.5 ** (decay_steps / h)``; timm's ``"exp"`` is bent
-       so that it can reach 0.
+       ``end_value = peak_value * 0.5 ** (decay_steps / h)``. timm's ``"exp"`` has
+       another form, so that it can reach 0.
 
     Args:
-      peak_value: The constant rate, at least 0; reached exactly at ``warmup_steps``.
+      peak_value: The constant rate, at least 0. The rate at step ``warmup_steps`` is
+        exactly this.
       total_steps: Steps of the whole run, at least 1.
       warmup_steps: Steps up to the peak, at least 0 and less than ``total_steps``.
-      decay_steps: Steps of the decay, at least 1, with ``warmup_steps`` at most
-        ``total_steps``; None is ``round(0.2 * total_steps)``, or what of this the
-        warm-up leaves.
-      init_value: Rate at step 0 (unless ``warmup_steps`` is 0), at least 0 and at most
-        the peak.
+      decay_steps: Steps of the decay, at least 1. Warm-up and decay together are at
+        most ``total_steps``. None is ``round(0.2 * total_steps)``, but at least 1, and
+        at most the number of steps that the warm-up leaves.
+      init_value: Rate at step 0, at least 0 and at most the peak. Without warm-up steps
+        the run starts at the peak.
       end_value: Rate from step ``total_steps`` on, at least 0 and at most the peak.
-      shape: Of the decay; see :class:`Phase`.
+      shape: Shape of the decay; see :class:`Phase`. ``"exponential"`` needs
+        ``peak_value`` and ``end_value`` above 0. The default ``end_value`` is 0.
 
     Returns:
-      A schedule, see :func:`phase_schedule`.
-
-    Raises:
-      ValueError: Naming argument, rule and value, for durations or values outside the
-        ranges above.
-      TypeError: For durations that are not whole numbers or values that are no numbers.
+      A schedule ``count -> value``; see :func:`phase_schedule`.
 
     Examples:
       >>> import optax_superconv as osc
@@ -99,9 +97,7 @@ def warmup_stable_decay_schedule(
       Hu et al., `MiniCPM: Unveiling the Potential of Small Language Models with
       Scalable Training Strategies <https://arxiv.org/abs/2404.06395>`_, 2024;
       Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
-      Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (1-sqrt);
-      Zhai et al., `Scaling Vision Transformers <https://arxiv.org/abs/2106.04560>`_,
-      2022 (a cooldown from any checkpoint).
+      Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (1-sqrt).
     """
     total = _checks.steps("total_steps", total_steps, at_least=1)
     below = f"less than `total_steps` ({total})"
@@ -135,7 +131,7 @@ def with_cooldown(
     end_value: ArrayLike = 0.0,
     shape: Shape = "1-sqrt",
 ) -> optax.Schedule:
-    r"""Ends any schedule with a cooldown: frozen at its value there, then to the end.
+    r"""Follows ``schedule``, then moves to ``end_value`` in ``cooldown_steps``.
 
     .. math::
       v(t) = \begin{cases}
@@ -144,27 +140,23 @@ def with_cooldown(
       \end{cases}
 
     with schedule :math:`s`, total :math:`T`, cooldown :math:`C`, end :math:`E` and
-    shape :math:`g`. Several cooldowns of one long run differ in ``total_steps`` alone
-    and share every step before the first of them begins.
+    shape :math:`g`. During the cooldown :math:`s` is frozen at its value at step T - C.
+    Several cooldowns of one long run differ only in ``total_steps``. They share every
+    step before the first of them begins.
 
     Args:
       schedule: A schedule ``count -> value``, of a rate or of anything else, or a
-        number, which is a constant.
+        finite number, which is a constant.
       total_steps: Step at which ``end_value`` is reached, at least 1.
       cooldown_steps: Steps of the cooldown, at least 1 and at most ``total_steps``.
-      end_value: Value from step ``total_steps`` on. It may exceed the schedule's, for
-        a momentum that rises.
-      shape: Of the cooldown; see :class:`Phase`.
+      end_value: Value from step ``total_steps`` on, a finite number or an array of
+        them. It may be above the schedule, for a momentum that rises.
+      shape: Shape of the cooldown; see :class:`Phase`. ``"exponential"`` needs
+        a schedule that is above 0 at step T - C, and an ``end_value`` above 0. The
+        default ``end_value`` is 0.
 
     Returns:
       A schedule that broadcasts over counts and values; see :func:`phase_schedule`.
-
-    Raises:
-      ValueError: Naming argument, rule and value, for durations outside the ranges
-        above, a constant or an end that is not finite, an unknown shape, or an
-        ``"exponential"`` cooldown from or to 0.
-      TypeError: For durations that are not whole numbers, a schedule that is neither
-        a number nor callable, or an end that is no number.
 
     Examples:
       >>> import optax
@@ -178,7 +170,7 @@ def with_cooldown(
       Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
       Durations <https://arxiv.org/abs/2405.18392>`_, 2024;
       Zhai et al., `Scaling Vision Transformers <https://arxiv.org/abs/2106.04560>`_,
-      2022.
+      2022 (a cooldown from any checkpoint).
     """
     total = _checks.steps("total_steps", total_steps, at_least=1)
     length = _checks.steps("cooldown_steps", cooldown_steps, at_least=1)
@@ -202,7 +194,7 @@ def with_cooldown(
         value = before(jnp.minimum(count, begin))
         dtype = float_dtype(value, end_value)
         start, end = jnp.asarray(value, dtype), jnp.asarray(end_value, dtype)
-        # Subtract as integers: above 2**24 float32 no longer holds the count.
+        # Subtract as integers: float32 does not hold counts above 2**24.
         elapsed = jnp.clip(count, begin, total) - begin
         return move(start, end, shape, elapsed, length)
 

@@ -1,16 +1,17 @@
 r"""Which value at which step?
 
-One primitive answers: :func:`phase_schedule` joins phases, each of which moves from
-the value before it to its own ``end_value``,
+:func:`phase_schedule` answers. It joins phases, and each phase moves from the value
+before it to its own ``end_value``,
 
 .. math:: v(t) = E + (S - E)\, g(r), \qquad r = \text{remaining steps} / \text{steps},
 
-with a shape :math:`g` from :math:`g(1) = 1` to :math:`g(0) = 0`. One-cycle is a rise
-and a fall; its momentum is the same with the signs reversed; slanted triangles, flat
-then cosine, warm restarts and SWA's schedule are other lists of phases.
+with a shape :math:`g` from :math:`g(1) = 1` to :math:`g(0) = 0`. Many schedules are
+such lists of phases. One-cycle is a rise and a fall of the rate. Its momentum is a fall
+and a rise. Slanted triangles, flat then cosine, warm restarts and SWA's schedule are
+other lists.
 
-With the named shapes, falling phases are computed in what remains and rising ones in
-what has elapsed, so that the small end keeps its relative precision in float32.
+A named shape computes a fall from the steps that remain, and a rise from the steps that
+have elapsed. So the small end of a phase keeps its relative precision in float32.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ Shape = (
 
 
 class Phase(NamedTuple):
-    """One phase of a schedule: where it goes, in how many steps, along which curve.
+    """One phase of a schedule: its length, its end and its curve.
 
     Attributes:
       steps: Length in steps, a Python int of at least 0. A phase of 0 steps is a jump.
-      end_value: Value at the end of the phase, a number or an array.
-      shape: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or ``"exponential"`` (geometric,
-        both ends above 0), or a function of the remaining fraction, an array, from
-        g(1) = 1 to g(0) = 0.
+      end_value: Value at the end of the phase, a finite number or an array of them.
+      shape: ``"linear"``, ``"cosine"``, ``"1-sqrt"``, ``"exponential"`` or a function.
+        ``"exponential"`` is geometric, and both ends of the phase must be above 0. A
+        function takes an array of remaining fractions and goes from g(1) = 1 to
+        g(0) = 0.
 
     Examples:
       >>> import optax_superconv as osc
@@ -54,7 +56,7 @@ class Phase(NamedTuple):
     shape: Shape = "linear"
 
 
-# Each shape as g(remaining) and 1 - g(remaining), both free of cancellation.
+# Each shape as g(remaining) and as 1 - g(remaining). Both are free of cancellation.
 _FALLS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "linear": lambda remaining, elapsed: remaining,
     "cosine": lambda remaining, elapsed: jnp.sin(0.5 * math.pi * remaining) ** 2,
@@ -94,7 +96,7 @@ def check_cycle(
     rule: str = "finite and at least 0",
     holds: Callable[[np.ndarray], np.ndarray] = _checks.non_negative,
 ) -> None:
-    """Checks the values that a cycle moves between; the first named is the largest."""
+    """Checks the values that a cycle moves between. The first one is the largest."""
     check_shape("shape", shape)
     (top_name, top_value), *others = values.items()
     top = _checks.number(top_name, top_value, rule, holds)
@@ -109,7 +111,7 @@ def check_cycle(
 
 
 def float_dtype(*values: ArrayLike) -> np.dtype:
-    """The widest float among the values, and at least 32 bits."""
+    """The widest float dtype among the values, at least float32."""
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*values)
     wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
@@ -117,7 +119,7 @@ def float_dtype(*values: ArrayLike) -> np.dtype:
 
 
 def as_count(count: ArrayLike, dtype: np.dtype) -> jax.Array:
-    """A count in int32 or wider, or in ``dtype`` when it is not whole."""
+    """A whole count in int32 or wider, any other count in ``dtype``."""
     if not isinstance(count, jax.Array):  # JAX would wrap what int32 does not hold.
         count = np.clip(count, -_checks.MAX_STEPS, _checks.MAX_STEPS)
     count = jnp.asarray(count)
@@ -133,7 +135,7 @@ def _interpolate(
     elapsed: jax.Array,
     remaining: jax.Array,
 ) -> jax.Array:
-    """The value between ``start`` and ``end``; fractions lie strictly in (0, 1)."""
+    """The value between ``start`` and ``end``. The fractions are strictly in (0, 1)."""
     rising = end > start
     if shape == "exponential":
         log_ratio = jnp.log(end) - jnp.log(start)
@@ -149,7 +151,7 @@ def _interpolate(
         up = start + (end - start) * rise
         down = end + (start - end) * fall
     value = jnp.where(rising, up, down)
-    # Rounding must not carry a value past its ends: the peak is the peak.
+    # Rounding must not move a value beyond the ends: the peak is exact.
     low, high = jnp.where(rising, start, end), jnp.where(rising, end, start)
     return jnp.where(value < low, low, jnp.where(value > high, high, value))
 
@@ -161,13 +163,13 @@ def move(
     elapsed: jax.Array,
     steps: int | jax.Array,
 ) -> jax.Array:
-    """The value ``elapsed`` steps, 0 to ``steps``, into a phase; exact at both ends."""
+    """The value after ``elapsed`` of the ``steps`` of a phase, exact at both ends."""
     dtype = start.dtype
     remaining = steps - elapsed
     inside = (elapsed > 0) & (remaining > 0)
-    # At the ends a shape may have no derivative, so keep away from them.
-    # Times the inverse, to which XLA turns a division when the length is a constant:
-    # so a length that is data gives the same bits.
+    # A shape may have no derivative at its ends, so it is not evaluated there.
+    # XLA turns a division by a constant length into a product with its inverse. This
+    # is such a product, so that a length that is data gives the same bits.
     per_step = 1 / jnp.maximum(steps, 1).astype(dtype)
     fractions = (
         jnp.where(inside, part.astype(dtype) * per_step, 0.5)
@@ -184,27 +186,26 @@ def phase_schedule(
 
     .. math:: v(t) = E_k + (S_k - E_k)\, g_k(r), \qquad r = (b_{k+1} - t) / n_k
 
-    in phase k, which lasts :math:`n_k` steps up to :math:`b_{k+1}`, starts at the end
-    :math:`S_k` of the phase before and ends at :math:`E_k`. ``"linear"`` is
-    :math:`g(r) = r`, ``"cosine"`` :math:`\sin^2(\pi r / 2)`, ``"1-sqrt"``
-    :math:`1 - \sqrt{1 - r}`, and ``"exponential"`` is :math:`v = S^r E^{1-r}`.
+    is the value in phase k. This phase lasts :math:`n_k` steps, up to step
+    :math:`b_{k+1}`. It starts at :math:`S_k`, where the phase before ends, and ends at
+    :math:`E_k`. The shapes are
+
+    * ``"linear"``: :math:`g(r) = r`,
+    * ``"cosine"``: :math:`g(r) = \sin^2(\pi r / 2)`,
+    * ``"1-sqrt"``: :math:`g(r) = 1 - \sqrt{1 - r}`,
+    * ``"exponential"``: :math:`v = S^r E^{1-r}`.
 
     Args:
-      init_value: Value at step 0, a number or an array.
-      phases: The phases in order, as :class:`Phase` or plain tuples. After a phase of
-        0 steps the schedule is at that phase's ``end_value`` already at its first
-        step.
+      init_value: Value at step 0, a finite number or an array of them.
+      phases: The phases in order, as :class:`Phase` or plain tuples. Together they have
+        at most 2**31 - 1 steps. A phase of 0 steps is a jump: at the step where it
+        begins, the schedule is already at its ``end_value``.
 
     Returns:
-      A schedule ``count -> value``. It broadcasts over counts and values, holds
-      ``init_value`` before step 0 and the last ``end_value`` from the last step on,
-      and is float32, or float64 where a value is. The values may be traced, batched by
-      ``vmap`` or differentiated; the durations are Python ints.
-
-    Raises:
-      ValueError: For a negative length, a value that is not finite, an unknown shape,
-        an ``"exponential"`` phase that touches 0, or more than 2**31 - 1 steps.
-      TypeError: For a length that is not a whole number or a value that is no number.
+      A schedule ``count -> value``. It broadcasts over counts and values. It holds
+      ``init_value`` before step 0 and the last ``end_value`` from the last step on. It
+      is float32, or float64 if a value is. The values may be traced, batched by
+      ``vmap`` or differentiated. The durations are Python ints.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -251,7 +252,7 @@ def phase_schedule(
             if phase.steps == 0:
                 value = jnp.where(count >= begin, end, value)
             else:
-                # Subtract as integers: above 2**24 float32 no longer holds the count.
+                # Subtract as integers: float32 does not hold counts above 2**24.
                 elapsed = jnp.clip(count, begin, begin + phase.steps) - begin
                 moved = move(start, end, phase.shape, elapsed, phase.steps)
                 value = jnp.where(elapsed > 0, moved, value)
@@ -271,7 +272,7 @@ def _onecycle(
     end_value: ArrayLike,
     shape: Shape,
 ) -> optax.Schedule:
-    """From the initial value to the peak, back to it, then on to the end."""
+    """Moves from the initial value to the peak, back to it, and then to the end."""
     total_steps = _checks.steps("total_steps", total_steps, at_least=1)
     if warmup_steps is None:
         warmup_steps = round(0.3 * total_steps)
@@ -294,7 +295,7 @@ def _onecycle(
     fall_steps = total_steps - warmup_steps - annihilation_steps
     if annihilation_steps and fall_steps:
         phases.append(Phase(fall_steps, init_value, shape))
-    # Without a step to return in, the annihilation starts from the peak.
+    # If no step is left for the return, the annihilation starts at the peak.
     phases.append(Phase(annihilation_steps or fall_steps, end_value, shape))
     return phase_schedule(init_value, phases)
 
@@ -319,37 +320,36 @@ def onecycle_schedule(
 
     with peak :math:`M`, warm-up :math:`W`, total :math:`T`, initial value
     :math:`\eta_0`, end :math:`E` and shape :math:`g`. With ``annihilation_steps`` = A
-    the rate is back at its initial value at step T - A and falls to the end from
-    there, as in the paper.
+    the rate is back at its initial value at step T - A. From there it falls to the end,
+    as in the paper.
 
     Differs from the known implementations:
 
-    1. The run is steps 0 to T - 1 and ``end_value`` belongs to step T, so that every
-       step trains, and holds beyond; PyTorch reaches its end at T - 1, and beyond it a
-       rate that is negative (linear) or rises again (cosine).
-    2. Durations are whole steps, so the peak is reached exactly, for every T.
+    1. The run is steps 0 to T - 1, and ``end_value`` belongs to step T. So every step
+       trains. ``end_value`` also holds after step T. PyTorch reaches its end at step
+       T - 1. At step T its rate can be negative (linear) or rises again (cosine), and
+       any later step raises an error.
+    2. Durations are whole steps. So the rate reaches the peak exactly, for every T.
     3. ``end_value`` is a value, not a divisor of the peak or of the initial value.
 
     Args:
-      peak_value: The highest rate, at least 0; reached exactly at ``warmup_steps``.
+      peak_value: The highest rate, at least 0. The rate at step ``warmup_steps`` is
+        exactly this.
       total_steps: Steps of the whole run, at least 1.
-      warmup_steps: Steps up to the peak, at least 0 and less than ``total_steps``;
-        None is ``round(0.3 * total_steps)``.
-      init_value: Rate at step 0 (unless ``warmup_steps`` is 0), at least 0 and at most
-        the peak; None is ``peak_value / 25``.
+      warmup_steps: Steps up to the peak, at least 0 and less than ``total_steps``. None
+        is ``round(0.3 * total_steps)``.
+      init_value: Rate at step 0, at least 0 and at most the peak. Without warm-up steps
+        the run starts at the peak. None is ``peak_value / 25``.
       end_value: Rate from step ``total_steps`` on, at least 0 and at most the peak.
-      annihilation_steps: Steps of the final fall from the initial value, at least 0;
-        with it ``end_value`` is at most ``init_value``. Where warm-up and annihilation
-        fill the run, it falls from the peak.
-      shape: Of every phase; see :class:`Phase`.
+        With ``annihilation_steps`` it is at most ``init_value``.
+      annihilation_steps: Steps of the final fall from the initial value, at least 0.
+        Warm-up and annihilation together are at most ``total_steps``. If they fill the
+        run, the final fall starts at the peak.
+      shape: Shape of every phase; see :class:`Phase`. ``"exponential"`` needs all three
+        values above 0. The default ``end_value`` is 0.
 
     Returns:
-      A schedule, see :func:`phase_schedule`.
-
-    Raises:
-      ValueError: Naming argument, rule and value, for durations or values outside the
-        ranges above.
-      TypeError: For durations that are not whole numbers or values that are no numbers.
+      A schedule ``count -> value``; see :func:`phase_schedule`.
 
     Examples:
       >>> import optax_superconv as osc
@@ -394,31 +394,32 @@ def onecycle_momentum_schedule(
     annihilation_steps: int = 0,
     shape: Shape = "cosine",
 ) -> optax.Schedule:
-    r"""One cycle of the momentum: the mirror image of the learning rate's.
+    r"""One cycle of the momentum: down to the lowest value, then up again.
 
     .. math:: \beta_t = \beta_{\max} - (\beta_{\max} - \beta_{\text{base}})
               \frac{\eta_t - \eta_0}{M - \eta_0}
 
-    with the rate :math:`\eta_t` of :func:`onecycle_schedule` for ``end_value`` =
-    ``init_value`` (except with the geometric ``"exponential"`` shape). It does as well
-    as the best constant momentum, without a search for it (Smith 2018, table 1).
+    is the mirror image of the rate :math:`\eta_t` of :func:`onecycle_schedule` with
+    ``end_value`` = ``init_value``. (With the geometric ``"exponential"`` shape it is
+    not.) This cycle does as well as the best constant momentum, and it needs no search
+    for it (Smith 2018, table 1).
 
     Args:
       total_steps: Steps of the whole run, at least 1.
-      warmup_steps: Steps down to ``base_momentum``, which is reached exactly there; at
-        least 0, less than ``total_steps``; None is ``round(0.3 * total_steps)``.
+      warmup_steps: Steps down to ``base_momentum``, at least 0 and less than
+        ``total_steps``. None is ``round(0.3 * total_steps)``.
       max_momentum: Momentum at step 0 and from step ``total_steps`` on, in [0, 1).
-      base_momentum: The lowest momentum, in [0, 1), at most ``max_momentum``.
-      annihilation_steps: Steps at the end during which it stays at the maximum.
-      shape: Of every phase; see :class:`Phase`.
+        Without warm-up steps the run starts at ``base_momentum``.
+      base_momentum: The lowest momentum, in [0, 1) and at most ``max_momentum``. The
+        momentum at step ``warmup_steps`` is exactly this.
+      annihilation_steps: Steps at the end with the maximal momentum, at least 0.
+        Warm-up and annihilation together are at most ``total_steps``. If they fill the
+        run, the momentum rises during the annihilation.
+      shape: Shape of every phase; see :class:`Phase`. ``"exponential"`` needs both
+        momenta above 0.
 
     Returns:
-      A schedule, see :func:`phase_schedule`.
-
-    Raises:
-      ValueError: Naming argument, rule and value, for durations or values outside the
-        ranges above.
-      TypeError: For durations that are not whole numbers or values that are no numbers.
+      A schedule ``count -> value``; see :func:`phase_schedule`.
 
     Examples:
       >>> import optax_superconv as osc
@@ -457,28 +458,24 @@ def cyclical_schedule(
     .. math:: v(t) = b + (M - b)\, x_t\, k_t
 
     where :math:`x_t` rises from 0 to 1 in ``steps_up`` steps and falls back to 0 in
-    ``steps_down``, and :math:`k_t` is 1 (``"triangular"``), :math:`2^{-c}` in cycle
-    c = 0, 1, ... (``"triangular2"``) or :math:`\gamma^t` (``"exp_range"``). The paper's
-    words let both bounds of ``"exp_range"`` decline; this is the form of its popular
-    code and of PyTorch, in which the amplitude alone does.
+    ``steps_down`` steps. The factor :math:`k_t` of the amplitude depends on ``mode``.
+    The paper's text lets both bounds of ``"exp_range"`` decline. Here only the
+    amplitude declines, as in the popular code of the method and in PyTorch.
 
     Args:
-      base_value: Value at the ends of each cycle, at least 0. It may exceed
+      base_value: Value at the ends of each cycle, at least 0. It may be above
         ``peak_value``, for a momentum that cycles the other way.
-      peak_value: Value at the middle of the first cycle, at least 0.
+      peak_value: Value at step ``steps_up``, at least 0. In mode ``"exp_range"`` the
+        amplitude is already smaller there.
       steps_up: Steps from base to peak, at least 1.
-      steps_down: Steps from peak to base, at least 1; None is ``steps_up``.
-      mode: How the amplitude declines.
-      gamma: Decline per step in mode ``"exp_range"``, in (0, 1]; other modes do not
-        use it.
+      steps_down: Steps from peak to base, at least 1. None is ``steps_up``.
+      mode: ``"triangular"``: :math:`k_t` is 1. ``"triangular2"``: it is :math:`2^{-c}`
+        in cycle c = 0, 1, ... ``"exp_range"``: it is :math:`\gamma^t`.
+      gamma: Factor :math:`\gamma` per step in mode ``"exp_range"``, in (0, 1]. Other
+        modes do not use it.
 
     Returns:
       A schedule that broadcasts over counts and values; see :func:`phase_schedule`.
-
-    Raises:
-      ValueError: Naming argument, rule and value, for durations or values outside the
-        ranges above, or an unknown mode.
-      TypeError: For durations that are not whole numbers or values that are no numbers.
 
     Examples:
       >>> import optax_superconv as osc
@@ -516,12 +513,12 @@ def cyclical_schedule(
         if mode == "triangular2":
             scale = jnp.exp2(-(count // (up + down)).astype(dtype))
         elif mode == "exp_range":
-            # The logarithm of gamma in float64: it is multiplied by the count.
+            # The logarithm of gamma is in float64, because the count multiplies it.
             log_gamma = (
                 jnp.log(gamma) if concrete_gamma is None else np.log(concrete_gamma)
             )
             scale = jnp.exp(jnp.asarray(log_gamma, dtype) * count.astype(dtype))
-        # From the smaller end, which so keeps its relative precision.
+        # Computed from the smaller end, so that it keeps its relative precision.
         from_base = base + (peak - base) * to_base * scale
         from_peak = peak + (base - peak) * (to_peak + to_base * (1 - scale))
         return jnp.where(base < peak, from_base, from_peak)
