@@ -1,8 +1,8 @@
 """When is an argument bad, and what does the message say?
 
-Arguments are checked where an object is built, and only when they are concrete: a
-traced value is data, and nothing may raise under ``jit``. Every message names the
-argument, the rule and the value.
+Arguments are checked where an object is built, and only if they are concrete. A traced
+value is data, and nothing may raise under ``jit``. Every message names the argument,
+the rule and the value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_STEPS = int(np.iinfo(np.int32).max)
 
 
 def require(holds: bool | np.bool_, name: str, rule: str, value: Any) -> None:
-    """Raises ``ValueError`` naming argument, rule and value unless ``holds``."""
+    """Raises a ``ValueError`` with argument, rule and value unless ``holds``."""
     if not holds:
         raise ValueError(f"`{name}` must be {rule}, got {value}.")
 
@@ -57,7 +57,7 @@ def number(
     rule: str = "finite",
     holds: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray | None:
-    """Checks a number or an array of numbers; returns it, or None when traced."""
+    """Checks a number or an array of numbers. Returns it, or None if it is traced."""
     if isinstance(value, jax.core.Tracer):
         return None
     array = None
@@ -88,7 +88,7 @@ def scalar(
     rule: str = "finite",
     holds: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> float:
-    """Returns a concrete number as a float."""
+    """Checks a single concrete number and returns it as a float."""
     array = number(name, value, rule, holds)
     if array is None or array.ndim:
         kind = "a traced value" if array is None else f"an array {value}"
@@ -102,7 +102,7 @@ def number_or_schedule(
     rule: str = "finite",
     holds: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
-    """Checks a constant; a schedule passes, for its values are known at run time."""
+    """Checks a constant. A schedule passes: its values are known only at run time."""
     if not callable(value):
         number(name, value, rule, holds)
 
@@ -116,7 +116,7 @@ def function(name: str, value: Any) -> None:
 
 
 def choice(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raises unless ``value`` is one of the ``known`` names, which it lists."""
+    """Raises unless ``value`` is one of the ``known`` names. The message lists them."""
     known = tuple(known)
     if not isinstance(value, str):
         raise TypeError(
@@ -127,7 +127,7 @@ def choice(name: str, value: Any, known: Iterable[str]) -> None:
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a constant is known to be 0; a traced value is not known."""
+    """Whether a constant is known to be 0. A traced value is not known."""
     return not isinstance(value, jax.core.Tracer) and not np.any(np.asarray(value))
 
 

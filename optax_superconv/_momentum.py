@@ -1,18 +1,18 @@
 r"""Which momentum at which step?
 
 Momentum is a running sum of gradients (``trace``) or a running mean (Adam's first
-moment). A sum takes a schedule as it is. A mean needs its bias removed, and dividing by
-:math:`1 - \beta_t^t` is right only while :math:`\beta` stands still: cycling it
-between 0.95 and 0.85 misscales the first moment by up to a third. So each of Adam's
-means carries the mean of a constant 1 beside it,
+moment). A sum works with a schedule as it is. A mean has a bias that must be removed.
+Division by :math:`1 - \beta_t^t` removes it only if :math:`\beta` is constant. If
+:math:`\beta` cycles between 0.95 and 0.85, this division makes the first moment wrong
+by up to a third. So each of Adam's means comes with the mean of a constant 1,
 
 .. math:: w_t = \beta_t w_{t-1} + (1 - \beta_t), \qquad w_0 = 0,
 
-and is divided by that, which is exact for any schedule and equals
-:math:`1 - \beta^t` for a constant.
+and is divided by it. This is exact for any schedule. For a constant, :math:`w_t` equals
+:math:`1 - \beta^t`.
 
-Accumulators of bfloat16 or float16 parameters are float32 unless a dtype is given: in
-bfloat16 a mean with :math:`\beta = 0.999` stops moving at a quarter of its goal.
+Accumulators of bfloat16 or float16 parameters are float32 unless a dtype is given. In
+bfloat16 a mean with :math:`\beta = 0.999` stops at a quarter of its goal.
 """
 
 from __future__ import annotations
@@ -72,21 +72,18 @@ def scheduled_trace(
     .. math:: m_t = g_t + \mu_t m_{t-1}, \qquad
               u_t = m_t \;\text{ or, with Nesterov, }\; g_t + \mu_t m_t
 
-    ``optax.trace`` with a schedule. Place it before the learning rate, and a coupled
-    weight decay before it. Under a constant decay and a constant gradient the step
-    grows to that of plain SGD times :math:`1 / (1 - \mu)`.
+    This is ``optax.trace`` with a schedule. Place it before the learning rate. Place a
+    coupled weight decay before it. With a constant decay and a constant gradient, the
+    step grows to :math:`1 / (1 - \mu)` times the step of plain SGD.
 
     Args:
       decay: Momentum in [0, 1), or a schedule ``count -> momentum``.
-      nesterov: Whether to look ahead, in the form of Optax and PyTorch.
-      accumulator_dtype: Of the sum; None is the parameters', but at least float32.
+      nesterov: Whether to use Nesterov momentum, in the form of Optax and PyTorch.
+      accumulator_dtype: Dtype of the sum. None is the dtype of the parameters, but at
+        least float32.
 
     Returns:
       The transformation; :func:`read_hyperparams` reads ``momentum``.
-
-    Raises:
-      ValueError: If a constant decay is outside [0, 1).
-      TypeError: If the decay is neither a number nor callable.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -146,7 +143,7 @@ def scale_by_scheduled_adam(
     mu_dtype: Any = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam's rescaling with betas that may be schedules, debiased exactly.
+    r"""Adam's rescaling with betas that may be schedules and an exact debiasing.
 
     .. math::
       m_t &= \beta_{1,t} m_{t-1} + (1 - \beta_{1,t}) g_t, \quad
@@ -154,31 +151,28 @@ def scale_by_scheduled_adam(
       u_t &= \frac{m_t / w_t}{\sqrt{v_t / w'_t} + \epsilon}, \quad
       w_t = \beta_{1,t} w_{t-1} + (1 - \beta_{1,t})
 
-    and likewise :math:`w'_t` with :math:`\beta_2`. With Nesterov, the numerator is
+    The weight :math:`w'_t` is the same with :math:`\beta_2`. With Nesterov, the
+    numerator is
     :math:`\beta_{1,t+1} m_t / w_{t+1} + (1 - \beta_{1,t}) g_t / w_t`.
 
     Place it first, then a decoupled weight decay, then the learning rate. Differs from
     ``optax.scale_by_adam``:
 
     1. The betas may be schedules, and the debiasing is exact while they move.
-    2. The betas are float32 whatever the dtype of the parameters, and the moments of
-       bfloat16 or float16 parameters are float32 (the first unless ``mu_dtype`` says
-       otherwise).
+    2. The betas are float32 for every dtype of the parameters. The moments of bfloat16
+       or float16 parameters are float32 too, but the first has the ``mu_dtype`` if one
+       is given.
 
     Args:
       b1: Decay of the first moment in [0, 1), or a schedule ``count -> b1``.
-      b2: Decay of the second moment in [0, 1), or a schedule.
-      eps: Added to the root of the second moment, at least 0.
-      mu_dtype: Of the first moment; None is the parameters', but at least float32. In
-        bfloat16 the moment itself is rounded, by up to some per cent.
-      nesterov: Whether to use Nesterov momentum, with b1 of the next step.
+      b2: Decay of the second moment in [0, 1), or a schedule ``count -> b2``.
+      eps: Number that is added to the root of the second moment, at least 0.
+      mu_dtype: Dtype of the first moment. None is the dtype of the parameters, but at
+        least float32. In bfloat16 the moment itself is rounded, by up to some per cent.
+      nesterov: Whether to use Nesterov momentum, with the b1 of the next step.
 
     Returns:
       The transformation; :func:`read_hyperparams` reads ``b1``.
-
-    Raises:
-      ValueError: If a constant beta is outside [0, 1), or ``eps`` is negative.
-      TypeError: If a beta is neither a number nor callable.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -237,7 +231,7 @@ def scale_by_scheduled_adam(
 
         mu = jax.tree.map(first_moment, updates, state.mu)
         nu = jax.tree.map(second_moment, updates, state.nu)
-        # Scalars, so that each leaf is divided by one number rather than two.
+        # These are scalars, so that each leaf needs one division and not two.
         mu_scale, g_scale = 1 / mu_weight, None
         if nesterov:
             next_beta1 = value_at(b1, count)
