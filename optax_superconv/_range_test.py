@@ -151,7 +151,7 @@ def range_test(
 
     Raises:
       ValueError: If the first loss, or the first held-out loss, is not finite, or if an
-        iterator ends too early (the message says after how many steps).
+        iterator ends too early (the message says how early).
 
     Examples:
       >>> import jax

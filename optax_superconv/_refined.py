@@ -179,7 +179,7 @@ def refined_schedule(
       A schedule that broadcasts over counts and values; see :func:`phase_schedule`.
 
     Raises:
-      TypeError: Under ``jit``, if the norms are traced. They are data of a finished
+      TypeError: Under ``jit``, for traced norms, because they are data of a finished
         run.
 
     Examples:
