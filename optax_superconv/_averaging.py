@@ -199,27 +199,26 @@ def average_params(
 
     Args:
       weight: :math:`w(n)` in (0, 1], a number or a function of the number of samples
-        before: ``lambda n: 1 / (n + 1)`` is the mean, :func:`polynomial_weights` a mean
+        before. ``lambda n: 1 / (n + 1)`` is the mean, :func:`polynomial_weights` a mean
         of the tail.
       start_step: The first step that is sampled, at least 0.
       every: Steps from sample to sample, at least 1. Each update costs the same.
-      accumulator_dtype: Of the average; None is the parameters', but at least float32.
-        Complex parameters keep theirs.
-      rounding_seed: Where memory leaves no room for float32: an int with
-        ``accumulator_dtype=jnp.bfloat16`` rounds at random, so that small steps are
-        made in the mean (the same at every run with this seed). It draws a number per
-        parameter and step.
-      name: To tell several averages in one state apart.
+      accumulator_dtype: Dtype of the average, a floating-point type. None is the dtype
+        of the parameters, but at least float32. Complex parameters keep theirs.
+      rounding_seed: An int of at least 0 that rounds at random, for runs whose memory
+        has no room for float32. It needs ``accumulator_dtype=jnp.bfloat16``. The mean
+        of the rounded steps is right, also for small steps. Every run with this seed
+        rounds in the same way. It draws a number per parameter and step. None rounds to
+        the nearest number.
+      name: Name of this average, a string. It tells several averages in one state
+        apart.
 
     Returns:
       The transformation. Its accumulators are sharded like the parameters. Leaves that
       are not floating point, or that ``optax.masked`` takes out, are not averaged.
 
     Raises:
-      ValueError: If a constant weight is outside (0, 1], a number of steps out of
-        range, or ``rounding_seed`` given without bfloat16; in ``update``, if there are
-        no ``params``.
-      TypeError: For an argument of the wrong kind.
+      ValueError: In ``update``, if it gets no ``params``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -263,10 +262,6 @@ def polynomial_weights(power: ArrayLike) -> Callable[[ArrayLike], jax.Array]:
     Returns:
       The function of the number of samples before.
 
-    Raises:
-      ValueError: If the power is negative or not finite.
-      TypeError: If it is no number.
-
     Examples:
       >>> import optax_superconv as osc
       >>> weight = osc.polynomial_weights(3)
@@ -309,21 +304,19 @@ def ema_params(
 
     Args:
       decay: :math:`\beta` per sample, in [0, 1), or a schedule ``count -> decay``.
-      warmup: :math:`p` in (0, 1]; 2/3 is timm's, 1 is a plain mean until its length is
-        :math:`1 / (1 - \beta)`. None: none, the debiased average needs none.
-      start_step: The first step that is sampled; see :func:`average_params`.
-      every: Steps from sample to sample; ``decay`` is per sample.
-      accumulator_dtype: Of the average; see :func:`average_params`.
+      warmup: :math:`p` in (0, 1]. 2/3 is timm's. 1 is a plain mean until its length is
+        :math:`1 / (1 - \beta)`. None is no warm-up; the debiased average needs none.
+      start_step: The first step that is sampled, at least 0.
+      every: Steps from sample to sample, at least 1. ``decay`` is per sample.
+      accumulator_dtype: Dtype of the average; see :func:`average_params`.
       rounding_seed: For bfloat16 accumulators; see :func:`average_params`.
-      name: To tell several averages in one state apart.
+      name: Name of this average, a string; see :func:`average_params`.
 
     Returns:
       The transformation, to be put last in the chain; :func:`eval_params` reads it.
 
     Raises:
-      ValueError: If a constant decay is outside [0, 1) or ``warmup`` outside (0, 1],
-        and as in :func:`average_params`.
-      TypeError: For an argument of the wrong kind.
+      ValueError: In ``update``, if it gets no ``params``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -378,19 +371,18 @@ def swa_params(
     Args:
       start_step: The first step that is sampled, at least 0; see
         :func:`average_params`.
-      every: Steps from sample to sample, at least 1: an epoch in the paper, or a cycle
-        of the rate, sampled where the rate is lowest.
-      accumulator_dtype: Of the average; see :func:`average_params`.
+      every: Steps from sample to sample, at least 1. In the paper it is an epoch, or a
+        cycle of the rate, sampled where the rate is lowest.
+      accumulator_dtype: Dtype of the average; see :func:`average_params`.
       rounding_seed: For bfloat16 accumulators; see :func:`average_params`.
-      name: To tell several averages in one state apart.
+      name: Name of this average, a string; see :func:`average_params`.
 
     Returns:
       The transformation, to be put last in the chain; :func:`eval_params` reads it. A
       network with batch norms then needs :func:`recalibrate_batch_stats`.
 
     Raises:
-      ValueError: As in :func:`average_params`.
-      TypeError: For an argument of the wrong kind.
+      ValueError: In ``update``, if it gets no ``params``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -434,19 +426,18 @@ def lawa_params(
     of 1 - 2 / (window + 1) costs one copy, and forgets more gently.
 
     Args:
-      window: Snapshots that are kept, at least 1. While there are fewer, the mean is of
-        these.
+      window: Number of snapshots that are kept, at least 1. While there are fewer, the
+        mean is of these.
       every: Steps from snapshot to snapshot, at least 1; an epoch in the paper.
-      start_step: The first step that is sampled; see :func:`average_params`.
-      name: To tell several averages in one state apart.
+      start_step: The first step that is sampled, at least 0; see
+        :func:`average_params`.
+      name: Name of this average, a string; see :func:`average_params`.
 
     Returns:
       The transformation, to be put last in the chain; :func:`eval_params` reads it.
 
     Raises:
-      ValueError: If a number of steps is out of range; in ``update``, if there are no
-        ``params``.
-      TypeError: For an argument of the wrong kind.
+      ValueError: In ``update``, if it gets no ``params``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -509,7 +500,7 @@ def lawa_params(
 
 
 def _means(state: AverageState | SnapshotState) -> dict[str, optax.Params]:
-    """The average of each name, like the parameters, with holes where there is none."""
+    """The average of each name, like the parameters; masked leaves stay masked."""
     number = array_of(state.num_samples)
     _checks.require(
         number.ndim == 0,
@@ -547,7 +538,7 @@ def _is_below(path: str, parents: set[str]) -> bool:
 
 
 def _check_same_paths(average: dict[str, Any], params: dict[str, Any]) -> None:
-    """Raises unless both have the same leaves; a hole may stand for a subtree."""
+    """Raises unless both have the same leaves; a masked node stands for a subtree."""
     holes = {path for path, leaf in average.items() if is_hole(leaf)}
     missing = [path for path in average if path not in params and path not in holes]
     anew = [p for p in params if p not in average and not _is_below(p, holes)]
@@ -573,11 +564,13 @@ def eval_params(
 
     Args:
       opt_state: An optimizer state with an average, such as that of
-        :func:`ema_params`, or any pytree that holds one: the ``opt_state`` of an
-        ``nnx.Optimizer``, a Linen ``TrainState``.
-      params: The current parameters, in any containers with the paths that the
-        optimizer was initialised with: also an ``nnx.State``.
-      name: Which average, where there are several: the ``name`` that it was made with.
+        :func:`ema_params`, or any pytree that holds one, such as the ``opt_state`` of
+        an ``nnx.Optimizer`` or a Linen ``TrainState``. A state with a leading axis, as
+        of ``jax.vmap``, needs ``jax.vmap(eval_params)(opt_state, params)``.
+      params: The current parameters, with the paths and the shapes that the optimizer
+        was initialised with. The containers may differ, an ``nnx.State`` for example.
+      name: The ``name`` that the average was made with. None is the only average; a
+        state with several needs a name.
 
     Returns:
       The average in the containers, dtypes and Flax Variables of ``params``. Leaves
@@ -585,9 +578,8 @@ def eval_params(
       Batch statistics belong to parameters: see :func:`recalibrate_batch_stats`.
 
     Raises:
-      ValueError: If there is no average in the state, or several and ``name`` does not
-        say which, or one of other paths or shapes than ``params``; or if the state has
-        a leading axis, as of ``jax.vmap``, which can read it too.
+      ValueError: If there is no average in the state, or if two averages with the same
+        name hold the same leaf.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -601,10 +593,6 @@ def eval_params(
       ...     params = optax.apply_updates(params, updates)
       >>> print(osc.eval_params(state, params, name="swa")["w"])
       1.5
-
-    References:
-      Izmailov et al., `Averaging Weights Leads to Wider Optima and Better
-      Generalization <https://arxiv.org/abs/1803.05407>`_, 2018.
     """
     found = [
         (at, state, key, tree)

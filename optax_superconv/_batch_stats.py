@@ -414,9 +414,9 @@ def recalibrate_batch_stats(
     Args:
       model: A Flax NNX module, which stays as it is, or a Linen module.
       params: NNX: the parameters, as ``nnx.state(model, nnx.Param)`` or
-        :func:`eval_params` returns them, or a part of them; the rest is the model's.
-        Linen: the variables ``{"params": ..., "batch_stats": ...}`` and whatever other
-        collections the model reads.
+        :func:`eval_params` returns them, or a part of them. The rest is the model's.
+        Linen: the variables ``{"params": ..., "batch_stats": ...}`` and all other
+        collections that the model reads.
       batches: A sequence, an iterable, an iterator or a stacked pytree of batches, as
         for :func:`range_test`, but each is seen once a pass, and in a sequence or an
         iterable they may differ in size. The step compiles once per shape.
@@ -425,9 +425,10 @@ def recalibrate_batch_stats(
         model comes bound to its variables. None calls ``model(batch[0])`` if the batch
         is a tuple or a list and ``model(batch)`` if not. Give the same function again,
         not a new lambda, and nothing compiles again.
-      num_passes: None: one pass over an iterator, which can be read only once and is
-        exact for the first norm alone; over anything else until all norms are exact, at
-        most one pass per norm.
+      num_passes: Number of passes over the batches, at least 1. An iterator allows only
+        1, since it can be read only once; that is exact for the first norm alone. None
+        is 1 for an iterator. For anything else it is as many as it takes until all
+        norms are exact, at most one pass per norm.
 
     Returns:
       The statistics with their structure and dtypes. NNX: an ``nnx.State`` of the
@@ -439,11 +440,9 @@ def recalibrate_batch_stats(
       statistics are those of all devices; under ``jit`` they always are.
 
     Raises:
-      ValueError: For a model without batch norms or variables without their statistics,
-        ``params`` that do not fit the model, no batches (or none in a later pass),
-        ``num_passes`` below 1, or above 1 for an iterator, or a ``forward`` that calls
-        no batch norm (not noticed inside ``jit`` or ``vmap``).
-      TypeError: For a model that is no Flax module, or arguments of the wrong kind.
+      ValueError: If the model has no batch norm, a pass yields no batch, or
+        ``forward`` calls no batch norm (this is not noticed inside ``jit`` or
+        ``vmap``).
 
     Examples:
       >>> import jax

@@ -1,10 +1,10 @@
 """When does the decay begin, if that is decided while the run goes on?
 
-What a decay has settled, a later rise of the rate undoes, so the time of the decay is
-best decided late: when the loss no longer falls, the data run out, or a result is due.
-Start and length of the cooldown are therefore data in the optimizer's state: nothing is
-traced again, checkpoints carry the decision, and one state may be forked into cooldowns
-of several lengths by ``jax.vmap``.
+A later rise of the rate undoes the gain of a decay. So it is best to decide late when
+to decay: when the loss no longer falls, the data run out, or a result is due. The start
+and the length of the cooldown are therefore data in the optimizer's state. Nothing is
+traced again, checkpoints carry the decision, and ``jax.vmap`` can fork one state into
+cooldowns of several lengths.
 """
 
 from __future__ import annotations
@@ -111,29 +111,24 @@ def triggered_cooldown(
     ``plateau_rtol`` of its lowest value. Losses that are not finite are left out.
 
     Args:
-      schedule: The rate before the cooldown: a number, or ``count -> rate``, such as a
-        warm-up that ends in a constant.
+      schedule: The rate before the cooldown: a finite number, or a schedule
+        ``count -> rate``, such as a warm-up that ends in a constant.
       end_value: Rate at the end of the cooldown, finite.
-      shape: Of the cooldown; see :class:`Phase`. ``"exponential"`` needs an
-        ``end_value`` above 0, and goes there at once from a rate of 0.
-      plateau_steps: Updates without progress that start the cooldown, at least 1; None
-        leaves the start to :func:`start_cooldown`. Those of a warm-up count, so it
-        should be longer than that. Each update then needs the loss:
-        ``tx.update(grads, state, params, value=loss)``.
+      shape: Shape of the cooldown; see :class:`Phase`. ``"exponential"`` needs an
+        ``end_value`` above 0, and a constant ``schedule`` above 0. If a schedule is at
+        0 when the cooldown starts, the rate goes to ``end_value`` at once.
+      plateau_steps: Updates without progress that start the cooldown, at least 1. The
+        updates of a warm-up count, so this should be longer than the warm-up. Each
+        update then needs the loss: ``tx.update(grads, state, params, value=loss)``.
+        None leaves the start to :func:`start_cooldown`.
       plateau_cooldown_steps: Steps of the cooldown that a plateau starts, at least 1.
+        Give it together with ``plateau_steps``, or leave both None.
       plateau_rtol: Fall of the smoothed loss, relative to its lowest value, that counts
         as progress; at least 0.
 
     Returns:
       The transformation. :func:`read_hyperparams` reads ``learning_rate`` and
       ``cooldown``, the fraction of the cooldown that is over: 0 before it, 1 after it.
-
-    Raises:
-      ValueError: If a value is not finite, a number of steps below 1, the shape unknown
-        or ``"exponential"`` with an end of 0, or only one of ``plateau_steps`` and
-        ``plateau_cooldown_steps`` given; in ``update``, if a plateau trigger gets no
-        ``value``.
-      TypeError: For an argument of the wrong kind.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -245,7 +240,7 @@ def triggered_cooldown(
 
 
 def _checked_length(cooldown_steps: Any) -> jax.Array:
-    """As int32; at least 1 where that can be seen."""
+    """The length as int32; if it is not traced, at least 1."""
     traced = isinstance(cooldown_steps, jax.core.Tracer)
     if not traced and np.ndim(cooldown_steps) == 0:
         cooldown_steps = _checks.steps("cooldown_steps", cooldown_steps, at_least=1)
@@ -317,14 +312,15 @@ def start_cooldown(
     ``jax.vmap(lambda n: start_cooldown(state, n))(lengths)`` has a leading axis.
 
     Args:
-      opt_state: An optimizer state, or any pytree that holds one, as a Linen
+      opt_state: An optimizer state, or any pytree that holds one, such as a Linen
         ``TrainState``.
       cooldown_steps: Length of the cooldown in optimizer steps, at least 1: an int or
         an integer array, which may be traced. A traced length below 1 starts nothing,
-        so ``start_cooldown(state, jnp.where(press, 100, 0))`` decides inside ``jit``.
-        For a state with a leading axis, as of ``vmap``, one for all or an array.
-      which: Where there are several triggers, as in ``optax.partition``: the path of
-        one, as the error lists them, or ``"all"``.
+        so ``start_cooldown(state, jnp.where(loss < 0.1, 100, 0))`` decides inside
+        ``jit``. For a state with a leading axis, as of ``vmap``, give one length for
+        all or an array of them.
+      which: The path of a trigger, or ``"all"``. None is the only trigger. A state with
+        several, as of ``optax.partition``, needs a path, and the error lists them.
 
     Returns:
       The state with its cooldown started, to be used in place of the one given, which
@@ -333,10 +329,8 @@ def start_cooldown(
       of a state with a leading axis, unless all have been started.
 
     Raises:
-      ValueError: If there is no trigger in the state, or several and ``which`` does not
-        say which; if the cooldown of a concrete state has been started; or for fewer
-        than 1 step.
-      TypeError: If ``cooldown_steps`` is not whole.
+      ValueError: If there is no trigger in the state, or if the cooldown of a concrete
+        state has been started before.
 
     Examples:
       >>> import jax

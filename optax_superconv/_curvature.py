@@ -211,26 +211,21 @@ def sharpness(
         preconditioner = jax.tree.map(lambda nu: jnp.sqrt(nu) + eps, nu_hat)
 
     Args:
-      loss_fn: ``(params, *args) -> loss``, a real number, twice differentiable. The
-        larger its batch, the less noise.
-      params: Any pytree. Its floating-point arrays are the parameters; other leaves,
-        Python numbers among them, are held fixed.
-      args: Passed on to ``loss_fn``; what is not an array must be hashable.
+      loss_fn: ``(params, *args) -> loss``, twice differentiable. The loss is a real
+        number, an array of shape (). The larger its batch, the less noise.
+      params: Any pytree. Its floating-point arrays, at least one, are the parameters.
+        Other leaves, Python numbers among them, are held fixed.
+      args: Passed on to ``loss_fn``. What is not an array must be hashable.
       num_iterations: Number of Hessian-vector products, at least 1.
-      key: Of the random half of the start vector; None is a fixed key.
-      preconditioner: The positive diagonal of :math:`P`, a pytree like ``params``;
-        None is 1.
+      key: Key of the random half of the start vector. None is a fixed key.
+      preconditioner: The diagonal of :math:`P`, a pytree like ``params`` of values
+        above 0. None is 1 everywhere.
 
     Returns:
       The eigenvalue, largest in the algebraic sense, and the norm of
       :math:`H v - \lambda v` at its unit vector: an eigenvalue lies within that
       distance, up to the rounding of the products, and it is almost surely the largest.
       Where the products are not finite, both are not-a-number.
-
-    Raises:
-      ValueError: If ``num_iterations`` is less than 1, the loss is no real number, or
-        there are no parameters, or ``preconditioner`` is not like them or not positive.
-      TypeError: If ``loss_fn`` is not callable or ``num_iterations`` is no Python int.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -304,16 +299,15 @@ def stability_limit(
     along the sharpest direction, perhaps to a flatter place.
 
     Args:
-      sharpness: The largest curvature, or the result of :func:`sharpness`.
-      optimizer: One of the above.
-      momentum: In [0, 1), Adam's ``b1``. ``"gd"`` has none.
+      sharpness: The largest curvature, a number or an array, or the result of
+        :func:`sharpness`.
+      optimizer: One of the four in the table.
+      momentum: Momentum in [0, 1); for ``"adam"`` it is ``b1``. ``"gd"`` does not use
+        it.
 
     Returns:
       The rate: a float if both arguments are Python numbers, else an array that
       broadcasts over them. Infinity where curvature is 0 or less.
-
-    Raises:
-      ValueError: If the optimizer is unknown, or ``momentum`` is outside [0, 1).
 
     Examples:
       >>> import optax_superconv as osc
@@ -366,16 +360,13 @@ def hessian_free_rate(
     grows without end. Measure the curvature with :func:`sharpness` instead.
 
     Args:
-      params_0: Parameters before two steps, a pytree.
-      params_1: Between them.
-      params_2: After them.
-      learning_rate: Of the steps, positive.
+      params_0: Parameters before two steps, a pytree with floating-point arrays.
+      params_1: Parameters between the two steps, a pytree like ``params_0``.
+      params_2: Parameters after the two steps, a pytree like ``params_0``.
+      learning_rate: Rate of the two steps, above 0.
 
     Returns:
       The estimate, (): infinity if both steps are the same, not-a-number if both are 0.
-
-    Raises:
-      ValueError: If ``learning_rate`` is not positive, or the trees are not alike.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -63,8 +63,11 @@ class GridTestResult(NamedTuple):
     def curve(self, **combination: float) -> RangeTestResult:
         """The range test of one combination, for :func:`suggest_learning_rate`.
 
+        Only a grid test with ``mode="range"`` has such curves.
+
         Args:
-          **combination: A value of each axis, as in ``result.curve(**result.best)``.
+          **combination: A value of each axis, one of those in ``axes``, as in
+            ``result.curve(**result.best)``.
 
         Returns:
           What :func:`range_test` returns for that combination.
@@ -367,15 +370,17 @@ def grid_test(
         a dict of float32 scalar arrays with a value of each axis, and
         ``"learning_rate"`` with ``mode="range"``. The loss is a scalar. It may donate
         its state, and must change nothing else.
-      state: A pytree of any structure, which the step must keep. There are as many
-        copies of it as combinations; the caller's survives.
+      state: A pytree of any structure. The step must keep its structure, shapes and
+        dtypes. There are as many copies of it as combinations; the caller's survives.
       batches: As for :func:`range_test`; one is drawn per step and seen by all.
       grid: The values of each hyperparameter by name, such as ``{"weight_decay":
-        [1e-4, 1e-3], "momentum": [0.8, 0.9]}``. The step sees them in float32.
-      num_steps: Steps of each member, at least 10 with ``mode="range"``.
+        [1e-4, 1e-3], "momentum": [0.8, 0.9]}``: at least one name, each with at least
+        one value. The step sees the values in float32, where those of a name differ.
+      num_steps: Steps of each member, at least 10 with ``mode="range"``, else at least
+        1.
       mode: ``"range"``: the rate climbs from ``min_value`` to ``max_value``, for every
-        combination. ``"constant"``: every combination keeps its values, and
-        ``"learning_rate"`` may be an axis like any other.
+        combination, and is no axis of the grid. ``"constant"``: every combination keeps
+        its values, and ``"learning_rate"`` may be an axis like any other.
       min_value: The lowest rate, above 0; for ``mode="range"``.
       max_value: The highest rate, above ``min_value``; for ``mode="range"``.
       vectorize: Whether the members take a step together, under ``vmap``, or one after
@@ -391,12 +396,9 @@ def grid_test(
       best combination, for :func:`suggest_learning_rate`.
 
     Raises:
-      ValueError: For arguments outside the ranges above, a loss that is no scalar, a
-        state that changes its structure, shapes or dtypes, an iterator that runs dry,
-        a first loss that is finite for no combination (the state or the batch is bad),
-        or a grid without a finite score (names the remedy).
-      TypeError: For arguments of the wrong kind, or a ``step_fn`` that returns no pair.
-      ImportError: With ``progress=True`` where rich is missing.
+      ValueError: If no combination has a finite first loss, so that the start or the
+        first batch is bad. If no score is finite (the message names the remedy). If an
+        iterator ends too early.
 
     Examples:
       >>> import jax

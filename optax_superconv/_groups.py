@@ -98,19 +98,15 @@ def layerwise_multipliers(
     ``decay=1 / 2.6``; fine-tuned vision transformers use 0.65 to 0.9.
 
     Args:
-      labels: A tree of integers, as :func:`label_by_depth` makes; or a sequence from
-        the input to the output, of integers or names. Only the order of distinct labels
-        counts; integers are put in theirs.
+      labels: A tree of integers, as the function of :func:`label_by_depth` makes from
+        the parameters. Or a sequence of integers or names from the input to the output,
+        with at least one label. Integers are sorted. Names keep the order of the
+        sequence; a tree of names has no order, so it may have only one.
       decay: Factor :math:`d` per group, in (0, 1].
-      min_multiplier: No multiplier is below this, in [0, 1].
+      min_multiplier: The smallest multiplier, in [0, 1].
 
     Returns:
       A dict from label to multiplier, for :func:`scale_by_group`.
-
-    Raises:
-      ValueError: If an argument is outside its interval, there are no labels, or names
-        come in a tree, which has no order.
-      TypeError: If ``labels`` is a function, or labels are of several kinds.
 
     Examples:
       >>> import optax_superconv as osc
@@ -152,17 +148,12 @@ def geometric_multipliers(
 
     Args:
       labels: As in :func:`layerwise_multipliers`.
-      lowest: Multiplier of the group nearest the input, above 0; None is fast.ai's
+      lowest: Multiplier of the group nearest the input, above 0. None is fast.ai's
         ``slice(highest)``: a tenth of ``highest`` for every group but the last.
-      highest: Multiplier of the last group, at least ``lowest``.
+      highest: Multiplier of the last group, above 0 and at least ``lowest``.
 
     Returns:
       A dict from label to multiplier, for :func:`scale_by_group`.
-
-    Raises:
-      ValueError: If a multiplier is not above 0 or ``lowest`` is above ``highest``, and
-        as in :func:`layerwise_multipliers`.
-      TypeError: As in :func:`layerwise_multipliers`.
 
     Examples:
       >>> import optax_superconv as osc
@@ -212,11 +203,12 @@ def scale_by_group(
     ``chain(onecycle_adamw(...), scale_by_group(...))``.
 
     Args:
-      multipliers: A dict from label to a number at least 0 or a schedule
-        ``count -> number``, as :func:`layerwise_multipliers` makes. Or a function of
-        the labels (a sorted list of integers, or a set of names) that makes it, such as
-        ``functools.partial(layerwise_multipliers, decay=0.75)``. (It is given the
-        labels that it can see, where ``optax.masked`` hides parameters.)
+      multipliers: A dict from label to multiplier, a finite number of at least 0 or a
+        schedule ``count -> number``. :func:`layerwise_multipliers` makes one. Or a
+        function of the labels (a sorted list of integers, or a set of names) that makes
+        the dict, such as ``functools.partial(layerwise_multipliers, decay=0.75)``.
+        (If ``optax.masked`` hides parameters, the function gets the labels of the
+        others.)
       param_labels: A tree of labels, a prefix of one, or a function
         ``params -> labels`` such as :func:`label_by_depth` makes.
 
@@ -226,10 +218,9 @@ def scale_by_group(
       :func:`scale_by_learning_rate`; else ``multiplier/<label>``.
 
     Raises:
-      ValueError: If a constant multiplier is negative or not finite; at ``init`` and
-        ``update``, if a label has no multiplier or a multiplier no label, if labels do
-        not fit the parameters, or the updates not what ``init`` has seen.
-      TypeError: For an argument of the wrong kind, or labels of several kinds.
+      ValueError: At ``init`` and ``update``, if a label has no multiplier or a
+        multiplier has no label. In ``update``, if the updates have another structure
+        than the parameters at ``init``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -375,15 +366,14 @@ def describe_groups(
       params: The parameters.
       param_labels: A tree of labels, a prefix of one, or a function
         ``params -> labels``.
-      multipliers: As in :func:`scale_by_group`; None leaves that column out. A schedule
-        shows its value at step 0.
+      multipliers: As in :func:`scale_by_group`. A schedule shows its value at step 0.
+        None leaves that column out.
 
     Returns:
       A line per leaf, in the order of the leaves, under a line of headings.
 
     Raises:
-      ValueError: As in :func:`scale_by_group`: if labels do not fit the parameters, or
-        labels and multipliers each other.
+      ValueError: If a label has no multiplier or a multiplier has no label.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -396,10 +386,6 @@ def describe_groups(
       embed     0      0.5625
       layers/0  1      0.75
       layers/1  2      1
-
-    References:
-      Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
-      <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2.
     """
     labels = labels_of(param_labels, params)
     rows = [["path", "group"], *zip(paths_of(params), map(str, labels), strict=True)]

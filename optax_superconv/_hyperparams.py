@@ -113,23 +113,20 @@ def scale_by_learning_rate(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales updates by the (negated) learning rate, and records the rate it applied.
 
-    Optax's function of the same name and contract, for the end of any chain; put it in
-    that one's place and :func:`read_hyperparams` reads the rate. Differs in this:
+    It has the name and the contract of Optax's function, for the end of any chain. Put
+    it in the place of that one, and :func:`read_hyperparams` reads the rate. Differs
+    from ``optax.scale_by_learning_rate``:
 
     1. The state is the same for a constant and for a schedule, so that a checkpoint of
        one loads into the other.
-    2. The rate is float32 whatever the dtype of the updates, which keep theirs.
+    2. The rate is float32 for every dtype of the updates, which keep theirs.
 
     Args:
-      learning_rate: A number, or a schedule ``count -> rate``.
+      learning_rate: A finite number, or a schedule ``count -> rate``.
       flip_sign: Whether to multiply by minus the rate, as descent needs.
 
     Returns:
       The transformation. Its record is the rate itself, never negated.
-
-    Raises:
-      ValueError: If a constant rate is not finite.
-      TypeError: If the rate is neither a number nor callable.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -144,9 +141,6 @@ def scale_by_learning_rate(
       ...     updates, state = tx.update(params, state, params)
       >>> print(float(osc.read_hyperparams(state)["learning_rate"]))
       0.05000000074505806
-
-    References:
-      `Optax <https://optax.readthedocs.io>`_, ``scale_by_learning_rate``.
     """
     _checks.number_or_schedule("learning_rate", learning_rate)
 

@@ -248,20 +248,21 @@ def label_by_path(
     that JAX knows. An expression must match the whole path.
 
     Args:
-      rules: Pairs ``(expression, label)``, tried in order. Labels are all strings or
-        all integers. A last rule ``(".*", label)`` covers what is left.
-      unmatched_rules: What a rule that labels nothing is, since most are misspelt:
-        ``"error"``, or ``"warn"`` for rules that serve several networks. (Not looked at
-        where ``optax.masked`` or ``optax.partition`` hide a part of the parameters.)
+      rules: Pairs ``(expression, label)``, at least one, tried in order. An expression
+        is a regular expression. Labels are all strings or all integers. A last rule
+        ``(".*", label)`` covers what is left.
+      unmatched_rules: What happens if a rule labels nothing, since most such rules are
+        misspelt: ``"error"``, or ``"warn"`` for rules that serve several networks. (It
+        does nothing where ``optax.masked`` or ``optax.partition`` hide a part of the
+        parameters.)
 
     Returns:
       A function ``params -> labels``, for ``param_labels`` here and in
       ``optax.partition``. The labels are in the containers of the parameters.
 
     Raises:
-      ValueError: If there are no rules or one is not a regular expression; when called,
-        if a leaf is not covered or a rule labels nothing. The message lists them.
-      TypeError: If a rule is not a pair, or labels are of several kinds.
+      ValueError: When the function is called, if no rule covers a leaf. The message
+        lists these leaves.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -384,11 +385,12 @@ def label_by_depth(
 
     Args:
       pattern: A regular expression with a group that finds the number, as ``re.search``
-        does, in place of the first number: ``r"stages/(\d+)"``. None: the first number.
-      stem: Expressions for what else is nearest the input. One that matches a whole
-        path, or a whole beginning of it (``"backbone/conv1"``), goes before every name
-        and number.
-      head: Expressions for what else is above the blocks; likewise.
+        does, such as ``r"stages/(\d+)"``. None is the first number.
+      stem: A regular expression or several, for what else is nearest the input. An
+        expression that matches a whole path, or a whole beginning of it
+        (``"backbone/conv1"``), goes before every name and number.
+      head: A regular expression or several, for what else is above the blocks. They
+        match like those of ``stem``.
       final_norm: Where a norm outside the blocks belongs: ``"last_block"`` as in timm,
         or ``"head"`` as in the code of BEiT and MAE.
 
@@ -398,9 +400,8 @@ def label_by_depth(
       are counted too.)
 
     Raises:
-      ValueError: If an expression is wrong or ``pattern`` has no group; when called, if
-        a path has neither a number nor a known name. The message lists them.
-      TypeError: For an argument of the wrong kind.
+      ValueError: When the function is called, if a path has neither a number nor a
+        known name. The message lists these paths.
 
     Examples:
       >>> import jax.numpy as jnp

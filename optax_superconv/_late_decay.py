@@ -64,7 +64,7 @@ def warmup_stable_decay_schedule(
        MaxText reaches it at step T - 1, since its linear decay takes D - 1 steps.
     2. Durations are whole steps. MaxText and levanter truncate a fraction of the run.
     3. ``end_value`` is a value, not a ratio to the peak. In transformers the warm-up
-       starts at the end value too, here it starts at ``init_value``.
+       also starts at the end value. Here it starts at ``init_value``.
     4. ``"exponential"`` is geometric. It is MiniCPM's halving every h steps for
        ``end_value = peak_value * 0.5 ** (decay_steps / h)``. timm's ``"exp"`` has
        another form, so that it can reach 0.
@@ -81,7 +81,7 @@ def warmup_stable_decay_schedule(
         the run starts at the peak.
       end_value: Rate from step ``total_steps`` on, at least 0 and at most the peak.
       shape: Shape of the decay; see :class:`Phase`. ``"exponential"`` needs
-        ``peak_value`` and ``end_value`` above 0, and ``end_value`` is 0 by default.
+        ``peak_value`` and ``end_value`` above 0. The default ``end_value`` is 0.
 
     Returns:
       A schedule ``count -> value``; see :func:`phase_schedule`.
@@ -131,7 +131,7 @@ def with_cooldown(
     end_value: ArrayLike = 0.0,
     shape: Shape = "1-sqrt",
 ) -> optax.Schedule:
-    r"""Follows ``schedule``, then moves to ``end_value`` in the last steps.
+    r"""Follows ``schedule``, then moves to ``end_value`` in ``cooldown_steps``.
 
     .. math::
       v(t) = \begin{cases}
@@ -152,8 +152,8 @@ def with_cooldown(
       end_value: Value from step ``total_steps`` on, a finite number or an array of
         them. It may be above the schedule, for a momentum that rises.
       shape: Shape of the cooldown; see :class:`Phase`. ``"exponential"`` needs
-        ``end_value`` above 0, and a schedule that is above 0 at step T - C. ``end_value``
-        is 0 by default.
+        a schedule that is above 0 at step T - C, and an ``end_value`` above 0. The
+        default ``end_value`` is 0.
 
     Returns:
       A schedule that broadcasts over counts and values; see :func:`phase_schedule`.

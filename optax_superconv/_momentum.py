@@ -2,9 +2,10 @@ r"""Which momentum at which step?
 
 Momentum is a running sum of gradients (``trace``) or a running mean (Adam's first
 moment). A sum works with a schedule as it is. A mean has a bias that must be removed.
-Division by :math:`1 - \beta_t^t` removes it only if :math:`\beta` is constant. If
-:math:`\beta` cycles between 0.95 and 0.85, this division makes the first moment wrong
-by up to a third. So each of Adam's means comes with the mean of a constant 1,
+Division by :math:`1 - \beta_t^t` removes it only if :math:`\beta` is constant. With
+one cycle between 0.95 and 0.85 and a constant gradient, this division makes the first
+moment wrong by up to 35 % in a run of 20 steps, and by up to 11 % in one of 200. So
+each of Adam's means comes with the mean of a constant 1,
 
 .. math:: w_t = \beta_t w_{t-1} + (1 - \beta_t), \qquad w_0 = 0,
 

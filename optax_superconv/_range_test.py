@@ -125,7 +125,8 @@ def range_test(
     Args:
       step_fn: ``(state, learning_rate, batch) -> (state, loss)``: the caller's own
         training step, best jitted, of any framework. The rate is a float32 scalar
-        array; the loss is a scalar. It may donate its state.
+        array; the loss is a scalar. The new state must have the structure, the shapes
+        and the dtypes of the old one. It may donate its state.
       state: Any pytree. Its arrays are copied once, so the caller's survive, also in
         Flax NNX objects that the step changes in place.
       batches: A list (or anything else that can be iterated again) starts again at its
@@ -137,10 +138,10 @@ def range_test(
       num_steps: Steps of the ladder, at least 2.
       eval_fn: ``state -> loss``, taken after every update, best jitted: the held-out
         loss at each rate. Suggestions then read it in place of the training loss. It
-        must leave the state alone, so in Flax NNX evaluate an :func:`nnx.view` or a
-        copy: ``model.eval()`` would last.
-      smoothing: Of the running average, in [0, 1). It is bias-corrected, so a constant
-        loss smooths to itself from the first step.
+        must not change the state, so in Flax NNX evaluate an :func:`nnx.view` or a
+        copy: ``model.eval()`` would last. None takes no held-out loss.
+      smoothing: Decay of the running average, in [0, 1). The average is bias-corrected,
+        so a constant loss smooths to itself from the first step.
       divergence_factor: How far the average may rise, above 1.
       patience: Steps the average may stay that high, at least 1.
       progress: Whether to show a progress bar (needs rich); a scan shows none.
@@ -149,12 +150,8 @@ def range_test(
       A :class:`RangeTestResult`; see :func:`suggest_learning_rate` for its use.
 
     Raises:
-      ValueError: For arguments outside the ranges above, a loss that is no scalar, a
-        first loss (of the state as it came) that is not finite, a state that changes
-        its structure or shapes, or an iterator that runs dry (says after how many
-        steps).
-      TypeError: For arguments of the wrong kind, or a ``step_fn`` that returns no pair.
-      ImportError: With ``progress=True`` where rich is missing.
+      ValueError: If the first loss, or the first held-out loss, is not finite, or if an
+        iterator ends too early (the message says how early).
 
     Examples:
       >>> import jax

@@ -107,33 +107,34 @@ def onecycle_sgd(
     is added to the gradient before the momentum, as in the paper and in PyTorch.
 
     Args:
-      peak_learning_rate: The highest rate; see :func:`range_test` for how to find it.
+      peak_learning_rate: The highest rate, at least 0. :func:`range_test` helps to find
+        it.
       total_steps: Optimizer steps of the whole run, at least 1. Under
         ``optax.MultiSteps`` an optimizer step is one that is emitted.
-      warmup_steps: Steps up to the peak; None is ``round(0.3 * total_steps)``.
-      init_learning_rate: Rate at step 0; None is ``peak_learning_rate / 25``.
-      end_learning_rate: Rate from step ``total_steps`` on.
-      annihilation_steps: Steps of the final fall from the initial rate; None is 0.
-      shape: Of every phase; see :class:`Phase`.
+      warmup_steps: Steps up to the peak, at least 0 and less than ``total_steps``. None
+        is ``round(0.3 * total_steps)``.
+      init_learning_rate: Rate at step 0, at least 0 and at most the peak. None is
+        ``peak_learning_rate / 25``.
+      end_learning_rate: Rate from step ``total_steps`` on, at least 0 and at most the
+        peak, or at most the initial rate with ``annihilation_steps``.
+      annihilation_steps: Steps of the final fall from the initial rate, at least 0.
+        Warm-up and annihilation together are at most ``total_steps``. None is 0.
+      shape: Shape of every phase; see :func:`onecycle_schedule`.
       max_momentum: Momentum at the start and the end, in [0, 1).
-      base_momentum: Momentum at the peak of the rate, in [0, 1).
+      base_momentum: Momentum at the peak of the rate, in [0, 1) and at most
+        ``max_momentum``.
       nesterov: Whether to use Nesterov momentum.
-      weight_decay: Strength :math:`\lambda` at least 0, or a schedule.
+      weight_decay: Strength :math:`\lambda` of at least 0, or a schedule.
       weight_decay_mask: What is decayed. ``"matrices"``: a leaf that has two dimensions
         or more and whose path does not end in ``bias`` (Flax's attention biases have
         two). Or as in ``optax.add_decayed_weights``: a tree of bools, a function of the
         parameters, or None for everything. Norm scales that are stacked over layers
-        have two dimensions as well: they need a mask.
-      accumulator_dtype: Of the momentum; see :func:`scheduled_trace`.
+        have two dimensions too, so they need a mask.
+      accumulator_dtype: Dtype of the momentum; see :func:`scheduled_trace`.
 
     Returns:
       The optimizer. :func:`read_hyperparams` reads ``learning_rate``, ``momentum`` and
       ``weight_decay``.
-
-    Raises:
-      ValueError: Naming argument, rule and value, as in :func:`onecycle_schedule` and
-        :func:`onecycle_momentum_schedule`, or for a negative constant weight decay.
-      TypeError: For an argument of the wrong kind.
 
     Examples:
       >>> import jax
@@ -205,36 +206,37 @@ def onecycle_adamw(
     times the learning rate.
 
     Args:
-      peak_learning_rate: The highest rate; see :func:`range_test` for how to find it.
+      peak_learning_rate: The highest rate, at least 0. :func:`range_test` helps to find
+        it.
       total_steps: Optimizer steps of the whole run, at least 1. Under
         ``optax.MultiSteps`` an optimizer step is one that is emitted.
-      warmup_steps: Steps up to the peak; None is ``round(0.3 * total_steps)``.
-      init_learning_rate: Rate at step 0; None is ``peak_learning_rate / 25``.
-      end_learning_rate: Rate from step ``total_steps`` on.
-      annihilation_steps: Steps of the final fall from the initial rate; None is 0.
-      shape: Of every phase; see :class:`Phase`.
+      warmup_steps: Steps up to the peak, at least 0 and less than ``total_steps``. None
+        is ``round(0.3 * total_steps)``.
+      init_learning_rate: Rate at step 0, at least 0 and at most the peak. None is
+        ``peak_learning_rate / 25``.
+      end_learning_rate: Rate from step ``total_steps`` on, at least 0 and at most the
+        peak, or at most the initial rate with ``annihilation_steps``.
+      annihilation_steps: Steps of the final fall from the initial rate, at least 0.
+        Warm-up and annihilation together are at most ``total_steps``. None is 0.
+      shape: Shape of every phase; see :func:`onecycle_schedule`.
       max_b1: b1 at the start and the end, in [0, 1).
-      base_b1: b1 at the peak of the rate, in [0, 1).
-      b2: Decay of the second moment, in [0, 1), or a schedule; never cycled with b1.
-      eps: Added to the root of the second moment, at least 0.
+      base_b1: b1 at the peak of the rate, in [0, 1) and at most ``max_b1``.
+      b2: Decay of the second moment in [0, 1), or a schedule. It does not cycle with
+        b1.
+      eps: Number that is added to the root of the second moment, at least 0.
       nesterov: Whether to use Nesterov momentum.
-      weight_decay: Strength :math:`\lambda` at least 0, or a schedule. AdamC's, in
+      weight_decay: Strength :math:`\lambda` of at least 0, or a schedule. AdamC's, in
         proportion to the rate, is ``lambda t: 0.01 * rate(t) / peak``.
       weight_decay_mask: What is decayed. ``"matrices"``: a leaf that has two dimensions
         or more and whose path does not end in ``bias`` (Flax's attention biases have
         two). Or as in ``optax.add_decayed_weights``: a tree of bools, a function of the
         parameters, or None for everything. Norm scales that are stacked over layers
-        have two dimensions as well: they need a mask.
-      mu_dtype: Of the first moment; see :func:`scale_by_scheduled_adam`.
+        have two dimensions too, so they need a mask.
+      mu_dtype: Dtype of the first moment; see :func:`scale_by_scheduled_adam`.
 
     Returns:
       The optimizer. :func:`read_hyperparams` reads ``learning_rate``, ``b1`` and
       ``weight_decay``.
-
-    Raises:
-      ValueError: Naming argument, rule and value, as in :func:`onecycle_schedule` and
-        :func:`scale_by_scheduled_adam`, or for a negative constant weight decay.
-      TypeError: For an argument of the wrong kind.
 
     Examples:
       >>> import jax
@@ -318,7 +320,7 @@ def fine_tune_adamw(
     :func:`gradual_unfreezing`.
 
     Args:
-      peak_learning_rate: The highest rate of the last group.
+      peak_learning_rate: The highest rate of the last group, at least 0.
       total_steps: Optimizer steps of the whole run, ``freeze_steps`` included, at least
         1. Under ``optax.MultiSteps`` an optimizer step is one that is emitted.
       param_labels: Integers that rise from the input to the output, as a tree of
@@ -328,36 +330,34 @@ def fine_tune_adamw(
         Under ``optax.inject_hyperparams`` name it in ``static_args``.
       decay: Factor :math:`d` per group, in (0, 1]; ULMFiT's is 1 / 2.6, vision
         transformers use 0.65 to 0.9.
-      min_multiplier: :math:`m_{\min}`, in [0, 1].
-      freeze_steps: Steps for which the last group trains alone; below ``total_steps``.
-      warmup_steps: Steps from the thaw to the peak; None is
-        ``round(0.3 * (total_steps - freeze_steps))``.
-      init_learning_rate: Rate at step 0 and at the thaw; None is
-        ``peak_learning_rate / 25``.
-      end_learning_rate: Rate from step ``total_steps`` on.
-      annihilation_steps: Steps of the final fall from the initial rate; None is 0.
-      shape: Of every phase; see :class:`Phase`.
+      min_multiplier: The smallest multiplier :math:`m_{\min}`, in [0, 1].
+      freeze_steps: Steps for which the last group trains alone, at least 0 and below
+        ``total_steps``.
+      warmup_steps: Steps from the thaw to the peak, at least 0 and less than the steps
+        after the thaw. None is ``round(0.3 * (total_steps - freeze_steps))``.
+      init_learning_rate: Rate at step 0 and at the thaw, at least 0 and at most the
+        peak. None is ``peak_learning_rate / 25``.
+      end_learning_rate: Rate from step ``total_steps`` on, at least 0 and at most the
+        peak, or at most the initial rate with ``annihilation_steps``.
+      annihilation_steps: Steps of the final fall from the initial rate, at least 0.
+        Warm-up and annihilation together are at most the steps after the thaw. None is
+        0.
+      shape: Shape of every phase; see :func:`onecycle_schedule`.
       max_b1: b1 at the start, the thaw and the end, in [0, 1).
-      base_b1: b1 at the peaks of the rate, in [0, 1).
+      base_b1: b1 at the peaks of the rate, in [0, 1) and at most ``max_b1``.
       b2: Decay of the second moment, in [0, 1), or a schedule.
-      eps: Added to the root of the second moment, at least 0.
+      eps: Number that is added to the root of the second moment, at least 0.
       nesterov: Whether to use Nesterov momentum.
-      weight_decay: Strength at least 0, or a schedule; times the rate of each group, so
-        that frozen groups keep every bit.
+      weight_decay: Strength of at least 0, or a schedule. It is multiplied by the rate
+        of each group, so that frozen groups keep every bit.
       weight_decay_mask: What is decayed; see :func:`onecycle_adamw`.
-      mu_dtype: Of the first moment; see :func:`scale_by_scheduled_adam`.
+      mu_dtype: Dtype of the first moment; see :func:`scale_by_scheduled_adam`.
 
     Returns:
       The optimizer. :func:`read_hyperparams` reads ``learning_rate``,
       ``learning_rate/<label>`` (0 while frozen), ``b1`` and ``weight_decay``, the last
       two as ``b1/<label>`` if ``freeze_steps`` is not 0. :func:`frozen_labels` tells
       what is frozen.
-
-    Raises:
-      ValueError: Naming argument, rule and value, as in :func:`onecycle_adamw` and
-        :func:`layerwise_multipliers`; if ``freeze_steps`` is not below ``total_steps``;
-        at ``init``, if labels are no integers or do not fit the parameters.
-      TypeError: For an argument of the wrong kind.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -532,37 +532,34 @@ def late_decay_sgd(
     of known length, and the trigger works there too: it decays earlier.
 
     Args:
-      peak_learning_rate: The rate between warm-up and decay;
+      peak_learning_rate: The rate between warm-up and decay, at least 0.
         :func:`convergence_threshold` finds the largest that converges.
       total_steps: Optimizer steps of the whole run, at least 1, or None for a run
         without a planned end. Under ``optax.MultiSteps`` an optimizer step is one that
         is emitted.
       warmup_steps: Steps of the linear warm-up, at least 0 and below ``total_steps``.
-      decay_steps: Steps of the decay at the end; None is
-        ``round(0.2 * total_steps)``. Without ``total_steps`` it must be None.
-      init_learning_rate: Rate at step 0, if there is a warm-up; at least 0 and at most
-        the peak.
-      end_learning_rate: Rate at the end of the decay; at least 0 and at most the peak.
-      shape: Of the decay; see :class:`Phase`.
+      decay_steps: Steps of the decay at the end, at least 1. Warm-up and decay together
+        are at most ``total_steps``. None is ``round(0.2 * total_steps)``, but at least
+        1, and at most the number of steps that the warm-up leaves. Without
+        ``total_steps`` it must be None.
+      init_learning_rate: Rate at step 0, at least 0 and at most the peak. Without
+        warm-up steps the run starts at the peak.
+      end_learning_rate: Rate at the end of the decay, at least 0 and at most the peak.
+      shape: Shape of the decay; see :class:`Phase`. ``"exponential"`` needs the peak
+        and the end above 0. The default ``end_learning_rate`` is 0.
       momentum: :math:`\mu` in [0, 1), or a schedule.
       nesterov: Whether to use Nesterov momentum.
-      weight_decay: Strength :math:`\lambda` at least 0, or a schedule; coupled.
+      weight_decay: Strength :math:`\lambda` of at least 0, or a schedule; coupled.
       weight_decay_mask: What is decayed; see :func:`onecycle_sgd`.
-      accumulator_dtype: Of the momentum; see :func:`scheduled_trace`.
-      average: Last in the chain: :func:`ema_params`, :func:`swa_params`,
-        :func:`lawa_params` or another, several as an ``optax.chain`` of them; None is
-        none. :func:`eval_params` reads it.
-        Under ``optax.inject_hyperparams`` name it in ``static_args``.
+      accumulator_dtype: Dtype of the momentum; see :func:`scheduled_trace`.
+      average: An average of the parameters, the last in the chain: :func:`ema_params`,
+        :func:`swa_params`, :func:`lawa_params` or another. Several are an
+        ``optax.chain`` of them. :func:`eval_params` reads it. Under
+        ``optax.inject_hyperparams`` name it in ``static_args``. None is no average.
 
     Returns:
       The optimizer. :func:`read_hyperparams` reads ``learning_rate``, ``momentum``,
       ``weight_decay`` and ``cooldown`` (of a triggered decay, not of the planned one).
-
-    Raises:
-      ValueError: Naming argument, rule and value, as in
-        :func:`warmup_stable_decay_schedule` and :func:`triggered_cooldown`, or for
-        ``decay_steps`` without ``total_steps``.
-      TypeError: For an argument of the wrong kind.
 
     Examples:
       >>> import jax
@@ -635,40 +632,37 @@ def late_decay_adamw(
     of known length, and the trigger works there too: it decays earlier.
 
     Args:
-      peak_learning_rate: The rate between warm-up and decay; with language models about
-        half of the best peak of a cosine (Hägele et al.).
+      peak_learning_rate: The rate between warm-up and decay, at least 0. With language
+        models it is about half of the best peak of a cosine (Hägele et al.).
       total_steps: Optimizer steps of the whole run, at least 1, or None for a run
         without a planned end. Under ``optax.MultiSteps`` an optimizer step is one that
         is emitted.
       warmup_steps: Steps of the linear warm-up, at least 0 and below ``total_steps``.
-      decay_steps: Steps of the decay at the end; None is
-        ``round(0.2 * total_steps)``. Without ``total_steps`` it must be None.
-      init_learning_rate: Rate at step 0, if there is a warm-up; at least 0 and at most
-        the peak.
-      end_learning_rate: Rate at the end of the decay; at least 0 and at most the peak.
-      shape: Of the decay; see :class:`Phase`.
+      decay_steps: Steps of the decay at the end, at least 1. Warm-up and decay together
+        are at most ``total_steps``. None is ``round(0.2 * total_steps)``, but at least
+        1, and at most the number of steps that the warm-up leaves. Without
+        ``total_steps`` it must be None.
+      init_learning_rate: Rate at step 0, at least 0 and at most the peak. Without
+        warm-up steps the run starts at the peak.
+      end_learning_rate: Rate at the end of the decay, at least 0 and at most the peak.
+      shape: Shape of the decay; see :class:`Phase`. ``"exponential"`` needs the peak
+        and the end above 0. The default ``end_learning_rate`` is 0.
       b1: Decay of the first moment in [0, 1), or a schedule.
       b2: Decay of the second moment in [0, 1), or a schedule.
-      eps: Added to the root of the second moment, at least 0.
+      eps: Number that is added to the root of the second moment, at least 0.
       nesterov: Whether to use Nesterov momentum.
-      weight_decay: Strength :math:`\lambda` at least 0, or a schedule; decoupled, times
-        the learning rate.
+      weight_decay: Strength :math:`\lambda` of at least 0, or a schedule. It is
+        decoupled, times the learning rate.
       weight_decay_mask: What is decayed; see :func:`onecycle_adamw`.
-      mu_dtype: Of the first moment; see :func:`scale_by_scheduled_adam`.
-      average: Last in the chain: :func:`ema_params`, :func:`swa_params`,
-        :func:`lawa_params` or another, several as an ``optax.chain`` of them; None is
-        none. :func:`eval_params` reads it.
-        Under ``optax.inject_hyperparams`` name it in ``static_args``.
+      mu_dtype: Dtype of the first moment; see :func:`scale_by_scheduled_adam`.
+      average: An average of the parameters, the last in the chain: :func:`ema_params`,
+        :func:`swa_params`, :func:`lawa_params` or another. Several are an
+        ``optax.chain`` of them. :func:`eval_params` reads it. Under
+        ``optax.inject_hyperparams`` name it in ``static_args``. None is no average.
 
     Returns:
       The optimizer. :func:`read_hyperparams` reads ``learning_rate``, ``b1``,
       ``weight_decay`` and ``cooldown`` (of a triggered decay, not of the planned one).
-
-    Raises:
-      ValueError: Naming argument, rule and value, as in
-        :func:`warmup_stable_decay_schedule`, :func:`triggered_cooldown` and
-        :func:`scale_by_scheduled_adam`, or for ``decay_steps`` without ``total_steps``.
-      TypeError: For an argument of the wrong kind.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -53,7 +53,7 @@ def record_gradient_norms(
     ``optax.tree.get(opt_state, "gradient_norms")`` is the record.
 
     Args:
-      total_steps: Steps of the whole run, at least 1; nothing is recorded beyond.
+      total_steps: Steps of the whole run, at least 1. Nothing is recorded after them.
       ord: 1 for the l1 norm, which refines a schedule of Adam, 2 for the l2 norm,
         which refines one of SGD.
       num_samples: Length of the record, at least 1; it is no longer than
@@ -63,11 +63,6 @@ def record_gradient_norms(
     Returns:
       The transformation. A sample is NaN until it is reached, or if no norm of its
       part was finite.
-
-    Raises:
-      ValueError: Naming argument, rule and value, for an ``ord`` other than 1 or 2 or
-        durations outside the ranges above.
-      TypeError: For durations that are not whole numbers or an ``ord`` that is none.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -157,10 +152,10 @@ def refined_schedule(
     to T, with straight lines between, so that 0 falls on step T. From there the rate
     is 0.
 
-    Tune the peak anew: the best one of the refined schedule is not that of the run
-    which gave the norms. Where norms change fast, at the beginning, so does the result,
-    which may rise and fall; do not trust its first tenth blindly, and multiply a
-    warm-up into it.
+    Tune the peak again: the best peak of the refined schedule is not that of the run
+    which gave the norms. At the beginning the norms change fast, and so does the
+    result. It may rise and fall there. Do not trust its first tenth blindly, and
+    multiply a warm-up into it.
 
     Smoothing, as in the paper: the first 2 and last 2 norms are left out, the others
     resampled linearly to 10,000 where they are fewer, and a running median taken,
@@ -169,7 +164,8 @@ def refined_schedule(
 
     Args:
       gradient_norms: Norms at equal distances over a whole run, at least 2, or 6 with
-        smoothing, all finite and at least 0: l1 norms for Adam, l2 norms for SGD. Those
+        smoothing: l1 norms for Adam, l2 norms for SGD. All are finite and at least 0,
+        and above 0 after the smoothing, because 0 asks for an infinite rate. The norms
         of :func:`record_gradient_norms` are
         ``optax.tree.get(opt_state, "gradient_norms")``.
       peak_value: The highest rate, at least 0.
@@ -183,11 +179,8 @@ def refined_schedule(
       A schedule that broadcasts over counts and values; see :func:`phase_schedule`.
 
     Raises:
-      ValueError: Naming argument, rule and value, for norms that are not as above or 0
-        after the smoothing, which asks for an infinite rate, or for durations or values
-        outside the ranges above.
-      TypeError: For norms that are traced, which are data of a finished run, for
-        durations that are not whole numbers or values that are no numbers.
+      TypeError: Under ``jit``, for traced norms, because they are data of a finished
+        run.
 
     Examples:
       >>> import optax_superconv as osc

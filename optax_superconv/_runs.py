@@ -175,7 +175,7 @@ def copy_state(state: State, device: jax.Device | None = None) -> State:
             # Compiles nothing, unlike `leaf.copy()`, and leaves the array where it is.
             copy = jax.device_put(leaf, device, may_alias=False)
             if getattr(copy, "weak_type", False):
-                # What a step returns is not, and the step would be traced anew.
+                # What a step returns is not, and the step would be traced again.
                 copy = copy.astype(copy.dtype)
             copies[id(leaf)] = copy
         return copies[id(leaf)]

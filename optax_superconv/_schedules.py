@@ -345,8 +345,8 @@ def onecycle_schedule(
       annihilation_steps: Steps of the final fall from the initial value, at least 0.
         Warm-up and annihilation together are at most ``total_steps``. If they fill the
         run, the final fall starts at the peak.
-      shape: Shape of every phase; see :class:`Phase`. ``"exponential"`` needs all values
-        above 0, and ``end_value`` is 0 by default.
+      shape: Shape of every phase; see :class:`Phase`. ``"exponential"`` needs all three
+        values above 0. The default ``end_value`` is 0.
 
     Returns:
       A schedule ``count -> value``; see :func:`phase_schedule`.
@@ -465,8 +465,8 @@ def cyclical_schedule(
     Args:
       base_value: Value at the ends of each cycle, at least 0. It may be above
         ``peak_value``, for a momentum that cycles the other way.
-      peak_value: Value at step ``steps_up``, at least 0. (``"exp_range"`` multiplies
-        the amplitude there too.)
+      peak_value: Value at step ``steps_up``, at least 0. In mode ``"exp_range"`` the
+        amplitude is already smaller there.
       steps_up: Steps from base to peak, at least 1.
       steps_down: Steps from peak to base, at least 1. None is ``steps_up``.
       mode: ``"triangular"``: :math:`k_t` is 1. ``"triangular2"``: it is :math:`2^{-c}`

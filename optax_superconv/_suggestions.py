@@ -218,23 +218,22 @@ def suggest_learning_rate(
       than a rate to train at.
 
     Args:
-      result: Of :func:`range_test`, or a sequence of such results: the suggestion is
-        then the median of theirs. What follows a loss that is not finite is ignored.
-        Held-out losses are read where the test took them.
-      method: One of the above.
+      result: Result of :func:`range_test`, or a sequence of such results. The
+        suggestion is then the median of theirs. What follows a loss that is not finite
+        is ignored. Held-out losses are read if the test took them.
+      method: One of the five above.
 
     Returns:
       The suggested rate, a float.
 
     Raises:
-      ValueError: If the curve holds no suggestion, saying what to change: it has fewer
-        than 10 finite losses, it is flat, it rises from the start, or (with
-        ``"divergence"``) nothing diverged. Or for an unknown method.
-      TypeError: If ``result`` is no :class:`RangeTestResult` and no sequence of them.
+      ValueError: If the curve holds no suggestion: it has fewer than 10 finite losses,
+        it is flat, it rises from the start, or (with ``"divergence"``) nothing
+        diverged. The message says what to change.
 
     Warns:
-      UserWarning: Of repeats that hold no suggestion, for instance since they diverge
-        at once, saying how many; they are left out.
+      UserWarning: If some of several results hold no suggestion, for instance because
+        they diverge at once. They are left out, and the message says how many.
 
     Examples:
       >>> import numpy as np
@@ -275,21 +274,16 @@ def suggest_interval(
     whole range, and less than what more of them would show.
 
     Args:
-      results: Of :func:`range_test`, at least 2 that hold a suggestion.
-      method: Of :func:`suggest_learning_rate`.
+      results: Results of :func:`range_test`, at least 2 that hold a suggestion.
+      method: Method of :func:`suggest_learning_rate`.
       level: The share of suggestions inside, above 0 and at most 1.
 
     Returns:
       The low and the high end, floats.
 
-    Raises:
-      ValueError: If fewer than 2 results hold a suggestion; the message says why. Or
-        for a bad ``level`` or an unknown method.
-      TypeError: If ``results`` is no sequence of :class:`RangeTestResult`.
-
     Warns:
-      UserWarning: Of repeats that hold no suggestion, for instance since they diverge
-        at once, saying how many; they are left out.
+      UserWarning: If some results hold no suggestion, for instance because they diverge
+        at once. They are left out, and the message says how many.
 
     Examples:
       >>> import numpy as np
@@ -302,10 +296,6 @@ def suggest_interval(
       >>> low, high = osc.suggest_interval(results)
       >>> print(low < osc.suggest_learning_rate(results) < high)
       True
-
-    References:
-      Smith, `A disciplined approach to neural network hyper-parameters
-      <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1, the test itself).
     """
     _checks.choice("method", method, get_args(Method))
     _checks.scalar(

@@ -180,7 +180,8 @@ def convergence_threshold(
 
     Args:
       step_fn: ``(state, learning_rate, batch) -> (state, loss)``, as for
-        :func:`range_test`: the caller's own training step, best jitted.
+        :func:`range_test`: the caller's own training step, best jitted. The new state
+        must have the structure, the shapes and the dtypes of the old one.
       state: Any pytree; the caller's survives. The ladder holds ``num_rates`` copies;
         with ``finetune_rate`` the end of every run is kept, about 6 more.
       batches: As for :func:`range_test`. A sequence or a stacked pytree starts at its
@@ -188,7 +189,7 @@ def convergence_threshold(
         drawn on: the ladder's runs share its batches, each run of the bisection takes
         ``num_steps`` new ones, and so does the fine-tuning.
       num_steps: Steps of each run, at least 2.
-      bounds: The lowest and the highest rate of the ladder, both above 0.
+      bounds: The lowest and the highest rate of the ladder: a pair, rising, above 0.
       target_loss: The end loss that counts as converged, below the first loss; None
         fixes it on the ladder, as above.
       num_rates: Rates of the ladder, at least 3.
@@ -207,14 +208,10 @@ def convergence_threshold(
       by more than a twentieth of what the best run gained and 3 standard errors.
 
     Raises:
-      ValueError: For arguments outside the ranges above, a loss that is no scalar, a
-        state that changes its structure, shapes or dtypes, a first loss that is not
-        finite, or an iterator that runs dry. Where no threshold lies inside
-        ``bounds``, names the end to move: nothing is learned, the target is never
-        reached, the top rate converges, or the lowest rate is the best. A bound is
-        never returned as if it were a threshold.
-      TypeError: For arguments of the wrong kind, or a ``step_fn`` that returns no pair.
-      ImportError: With ``progress=True`` where rich is missing.
+      ValueError: If no threshold is found between the bounds: nothing is learned, the
+        target is never reached, the top rate converges, or the lowest rate is the best.
+        The message names the end to move. A bound is never returned as a threshold. Or
+        if the first loss is not finite, or if an iterator ends too early.
 
     Examples:
       >>> import jax
@@ -261,7 +258,7 @@ def convergence_threshold(
             return _runs.lockstep(
                 _runs.sequential(step_fn, states, lambda _, member: each[member]),
                 (len(states), num_steps),
-                _runs.draw(batches),  # Starts anew, unless it is an iterator.
+                _runs.draw(batches),  # Starts again, unless it is an iterator.
                 tick=tick,
             )
 

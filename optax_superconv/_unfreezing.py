@@ -73,8 +73,9 @@ def gradual_unfreezing(
       inner: The optimizer of each group, or its part up to the learning rate. Or a
         function of the thaw step that makes it, where schedules are to follow the run:
         ``lambda step: scale_by_scheduled_adam(lambda count: b1(count + step))``.
-      thaw_steps: A dict from label to the step of the first update, 0 for at once, None
-        for never. A group that never thaws has no memory of its own.
+      thaw_steps: A dict from label to the step of the first update, an int of at least
+        0, or None for never. Labels are all strings or all integers. A group that never
+        thaws has no memory of its own.
       param_labels: A tree of labels, a prefix of one, or a function
         ``params -> labels``.
 
@@ -85,11 +86,9 @@ def gradual_unfreezing(
       that never thaws has no records.
 
     Raises:
-      ValueError: If a thaw step is negative; at ``init`` and ``update``, if a label has
-        no thaw step or a thaw step no label, if labels do not fit the parameters, or
-        the updates not what ``init`` has seen.
-      TypeError: If a thaw step is neither a whole number nor None, or an argument is of
-        the wrong kind.
+      ValueError: At ``init`` and ``update``, if a label has no thaw step or a thaw step
+        has no label. In ``update``, if the updates have another structure than the
+        parameters at ``init``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -295,8 +294,8 @@ def _or_zeros(condition: jax.Array, updates: optax.Updates) -> optax.Updates:
 def _choose_state(condition: jax.Array, new: Any, old: Any, scalars_only: bool) -> Any:
     """``new`` if ``condition`` else ``old``; of records always ``new``.
 
-    A frozen state stands at its step 0, and so do its records in ``new``. As outputs of
-    their own they are computed once and not anew for every leaf.
+    A frozen state is at its step 0, and so are its records in ``new``. As outputs of
+    their own they are computed once, and not again for every leaf.
     """
 
     def is_record(node: Any) -> bool:
@@ -331,10 +330,6 @@ def frozen_labels(opt_state: Any) -> set[Any]:
       >>> tx = osc.gradual_unfreezing(optax.adam(1e-3), {0: 10, 1: 0}, [0, 1])
       >>> osc.frozen_labels(tx.init([jnp.ones(2), jnp.ones(2)]))
       {0}
-
-    References:
-      Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
-      <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.3.
     """
 
     def is_state(node: Any) -> bool:

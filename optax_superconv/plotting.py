@@ -56,7 +56,7 @@ def plot_schedule(
     and momenta differ by orders of magnitude.
 
     Args:
-      schedule_or_mapping: A schedule, or a mapping from names to schedules.
+      schedule_or_mapping: A schedule, or a mapping from names to at least one schedule.
       total_steps: Steps of the run, at least 1; drawn from 0 to ``total_steps``, at
         most 2,001 of them.
       ax: Where to draw; None is new axes.
@@ -65,8 +65,6 @@ def plot_schedule(
       The axes of the first schedule.
 
     Raises:
-      ValueError: If ``total_steps`` is below 1, or the mapping is empty.
-      TypeError: If something is no schedule.
       ImportError: If matplotlib is missing.
 
     Examples:
@@ -114,18 +112,17 @@ def plot_range_test(
     """Draws the losses of one or several range tests over the rate, and a suggestion.
 
     Args:
-      result: Of :func:`optax_superconv.range_test`, or a sequence of such results: the
-        suggestion is then their median, on a band of their 90 % interval.
+      result: Result of :func:`optax_superconv.range_test`, or a sequence of at least
+        one. The suggestion is then their median, on a band of their 90 % interval.
       ax: Where to draw; None is new axes.
-      method: Of :func:`optax_superconv.suggest_learning_rate`; None draws none.
+      method: Method of :func:`optax_superconv.suggest_learning_rate`. None draws no
+        suggestion.
 
     Returns:
       The axes. Held-out losses are drawn in place of the losses where the test took
       them. A curve that holds no suggestion is drawn without one.
 
     Raises:
-      ValueError: For an unknown method, or an empty sequence.
-      TypeError: If ``result`` is no range test's.
       ImportError: If matplotlib is missing.
 
     Examples:
@@ -197,7 +194,7 @@ def plot_grid(
       twice as much as it lies above the best.
 
     Args:
-      result: Of :func:`optax_superconv.grid_test`.
+      result: Result of :func:`optax_superconv.grid_test`.
       ax: Where to draw; None is new axes.
       kind: ``"curves"`` or ``"scores"``; None is ``"curves"`` for one axis and
         ``"scores"`` for more.
@@ -206,8 +203,6 @@ def plot_grid(
       The axes.
 
     Raises:
-      ValueError: For an unknown kind.
-      TypeError: If ``result`` is no grid test's.
       ImportError: If matplotlib is missing.
 
     Examples:
@@ -361,14 +356,13 @@ def plot_threshold(result: ThresholdResult, ax: Axes | None = None) -> Axes:
     hollow marks show its end losses.
 
     Args:
-      result: Of :func:`optax_superconv.convergence_threshold`.
+      result: Result of :func:`optax_superconv.convergence_threshold`.
       ax: Where to draw; None is new axes.
 
     Returns:
       The axes.
 
     Raises:
-      TypeError: If ``result`` is no threshold's.
       ImportError: If matplotlib is missing.
 
     Examples:

@@ -78,17 +78,48 @@ def test_imports_point_down(path):
             assert parts[1] in below, f"{path.stem} imports {parts[1]}"
 
 
+def section(doc, title):
+    """The entries of a section of a docstring, each from its name on."""
+    body = re.search(rf"^{title}:\n((?: .*\n|\n(?= ))+)", doc + "\n", flags=re.M)
+    return re.split(r"^  (?=[*\w])", body[1], flags=re.M)[1:] if body else []
+
+
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_docstrings_are_complete(function):
     doc = inspect.getdoc(function)
-    parameters = inspect.signature(function).parameters
-    for section in ("Args:", "Returns:", "Examples:"):
-        assert section in doc
+    first, blank, *_ = doc.splitlines()
+    assert re.fullmatch(r"(?!See |This )[A-Z].*\.", first)
+    assert not blank
+    assert section(doc, "Returns")
     assert ">>> " in doc
-    for name in parameters:
-        assert re.search(rf"^  +{name}: ", doc, flags=re.M), f"{name} is undocumented"
-    if function.__module__ != "optax_superconv.plotting":
-        assert "References:" in doc or function is osc.read_hyperparams
+    assert "References:" not in doc or "<https://" in doc.partition("References:")[2]
+    entries = dict(entry.split(": ", 1) for entry in section(doc, "Args"))
+    parameters = inspect.signature(function).parameters
+    assert list(entries) == list(parameters)
+    for name, parameter in parameters.items():
+        if parameter.default is None:
+            assert re.search("None|see :func:", entries[name]), f"what None is: {name}"
+
+
+# Beside the name of an argument, these state a rule that belongs in `Args:`.
+RULE = (
+    r"negative|positive|above|below|outside|at least|at most|(less|fewer) than|finite"
+    r"|numbers?|unknown|empty|wrong|bad|rules?|out of range"
+)
+ANY_ARGUMENT = r"arguments?|values?|durations?|steps?|constant|expression"
+RUN_TIME = ("At ``init``", "In ``update``", "Under ``jit``", "When the function ")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_raises_does_not_repeat_args(function):
+    names = "|".join([ANY_ARGUMENT, *inspect.signature(function).parameters])
+    for entry in section(inspect.getdoc(function), "Raises"):
+        error, when = entry.split(": ", 1)
+        for clause in re.split(r"; |\. ", " ".join(when.split())):
+            names_one = re.search(rf"\b({names})\b", clause)
+            gives_a_rule = re.search(rf"\b({RULE})\b", clause)
+            repeats = error == "TypeError" or (names_one and gives_a_rule)
+            assert not repeats or clause.startswith(RUN_TIME), clause
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
