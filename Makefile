@@ -18,7 +18,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check
 
 types: .venv/dev.stamp
-	$(BIN)/mypy
+	$(BIN)/pyright
 
 check: lint types test
 

@@ -23,13 +23,16 @@ def split(inputs: Any, targets: Any, num_train: int) -> tuple[Batch, Batch]:
         for a in map(np.asarray, (inputs, targets))
     ]
     parts = np.split(order, [num_train])
-    return tuple(tuple(jnp.asarray(a[part]) for a in arrays) for part in parts)  # type: ignore[return-value]
+    (x, y), (x_held_out, y_held_out) = (
+        [jnp.asarray(a[part]) for a in arrays] for part in parts
+    )
+    return (x, y), (x_held_out, y_held_out)
 
 
 def load_digits(as_images: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    digits = datasets.load_digits()
-    images = ((digits.images - 4.9) / 6.0).astype(np.float32)
-    return images[..., None] if as_images else images.reshape(-1, 64), digits.target
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = ((images - 4.9) / 6.0).astype(np.float32)
+    return images.reshape(-1, 8, 8, 1) if as_images else images, labels
 
 
 def _jpegs(archive: Any, part: str, count: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +86,7 @@ def load_cifar10(
             members = {pathlib.Path(m.name).name: m for m in archive.getmembers()}
             parts = {
                 part: _binaries(
-                    [archive.extractfile(members[f]).read() for f in names[part]],  # type: ignore[union-attr]
+                    [archive.extractfile(members[f]).read() for f in names[part]],  # pyright: ignore[reportOptionalMemberAccess]  # They are files.
                     n,
                 )
                 for part, n in counts.items()

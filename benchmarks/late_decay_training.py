@@ -407,6 +407,7 @@ def draw_lengths(setup: Setup, scores: Scores, path: pathlib.Path) -> None:
     arms = dict.fromkeys(name.split(", ")[0] for name in scores)
     lines = [(arm, "last") for arm in arms] + [("constant", k) for k in WEIGHTS[2:]]
     styles = {"cosine": "ks-", "one-cycle": "ks--"}
+    seeds = 0
     for k, (arm, weights) in enumerate(lines):
         values = np.stack([scores[f"{arm}, {n}"][weights] for n in setup.lengths])
         mean, seeds = values.mean(1), values.shape[1]

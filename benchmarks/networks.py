@@ -145,6 +145,6 @@ class Transformer(nnx.Module):
         x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[-1]))
         mask = nnx.make_causal_mask(tokens)
         for block in self.blocks:
-            x = x + block["attention"](block["norm_1"](x), mask=mask)
+            x = x + block["attention"](block["norm_1"](x), mask=mask)  # pyright: ignore[reportCallIssue]  # To Flax, a Dict's values are alike.
             x = x + block["mlp"](block["norm_2"](x))
         return self.head(self.norm(x))

@@ -13,6 +13,9 @@ rounds of the ratio within a round, with quartiles. The arm that repeats another
 how far from 1 noise alone takes a ratio.
 """
 
+# Its arms take whatever the others take.
+# pyright: reportMissingParameterType=false
+
 import functools
 import itertools
 import statistics

@@ -166,7 +166,7 @@ def fastai_valley(rates: np.ndarray, losses: np.ndarray) -> float:
         lower = longest[:i][losses[i] < losses[:i]]
         longest[i] = 1 + (lower.max() if lower.size else 0)
     end = int(longest.argmax())
-    start = end - longest[end]
+    start = end - int(longest[end])
     third = (end - start) / 3
     return rates[start + int(third) + int(third / 2)]
 

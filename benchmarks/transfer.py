@@ -109,7 +109,8 @@ def make_tx(
 
     def adamw_from(step: int) -> optax.GradientTransformation:
         """A group counts from its thaw; its momentum follows the run."""
-        momentum = (lambda count: b1(count + step)) if callable(b1) else b1
+        run = b1
+        momentum = (lambda count: run(count + step)) if callable(run) else run
         return optax.chain(
             osc.scale_by_scheduled_adam(momentum, B2),
             optax.add_decayed_weights(

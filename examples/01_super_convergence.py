@@ -57,11 +57,11 @@ def init_params(seed):
 
 def load_data():
     """1,000 images to train, 297 to validate, 500 to test."""
-    digits = load_digits()
-    images = ((digits.images - 4.9) / 6.0).astype(np.float32)[..., None]
+    images, labels = load_digits(return_X_y=True)
+    images = ((images - 4.9) / 6.0).astype(np.float32).reshape(-1, 8, 8, 1)
     order = np.random.default_rng(0).permutation(len(images))
     parts = np.split(order, [1000, 1297])
-    return [(images[part], digits.target[part]) for part in parts]
+    return [(images[part], labels[part]) for part in parts]
 
 
 def batches(data, seed):

@@ -162,11 +162,13 @@ def load_data(path):
         from data import load_cifar10
 
         train, test = (map(np.asarray, part) for part in load_cifar10(path, side=16))
-        train, test = by_class(*train, 2250)[:, None], by_class(*test, 500)[:, None]
+        train = by_class(*train, count=2250)[:, None]
+        test = by_class(*test, count=500)[:, None]
         return train[:, :, 250:], train[:, :, :250], test
-    digits, rng = load_digits(), np.random.default_rng(0)
-    mixed = rng.permutation(len(digits.target))
-    images = by_class(digits.images[mixed], digits.target[mixed], 174)
+    rng = np.random.default_rng(0)
+    images, labels = load_digits(return_X_y=True)
+    mixed = rng.permutation(len(labels))
+    images = by_class(images.reshape(-1, 8, 8)[mixed], labels[mixed], 174)
     # Upright and turned left and right, never round: a 6 would be a 9.
     images = np.stack([np.rot90(images, k, (2, 3)) for k in (0, 1, 3)], 1)
     flat = np.pad(images.reshape(-1, 8, 8), ((0, 0), (2, 2), (2, 2)))

@@ -16,7 +16,7 @@ decay 0.999 stops moving at a quarter of its goal.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from optax_superconv import _checks
 from optax_superconv._hyperparams import (
     array_of,
     find_states,
+    increment,
     states_in,
     value_at,
     wide_dtype,
@@ -37,7 +38,7 @@ from optax_superconv._labels import is_box, is_hole, listed, map_with_paths
 class AverageState(NamedTuple):
     """State of :func:`average_params` and of the averages that are made of it."""
 
-    count: jax.Array  # type: ignore[assignment]  # (), int32
+    count: jax.Array  # (), int32
     num_samples: jax.Array  # (), int32
     total_weight: jax.Array  # (), float32; the average of a constant 1
     averages: dict[str, optax.Params]  # name to a tree like the parameters
@@ -46,7 +47,7 @@ class AverageState(NamedTuple):
 class SnapshotState(NamedTuple):
     """State of :func:`lawa_params`."""
 
-    count: jax.Array  # type: ignore[assignment]  # (), int32
+    count: jax.Array  # (), int32
     num_samples: jax.Array  # (), int32
     snapshots: dict[str, optax.Params]  # name to a tree of (window, ...)
 
@@ -133,10 +134,11 @@ def _average(
 
     def update_fn(
         updates: optax.Updates,
-        state: AverageState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AverageState]:
+        state = cast(AverageState, state)
         del extra_args
         after = _params_after(updates, params)
         sampled = is_sample(state.count)
@@ -164,10 +166,8 @@ def _average(
             averages,
         )
         return updates, AverageState(
-            optax.safe_increment(state.count),
-            jnp.where(
-                sampled, optax.safe_increment(state.num_samples), state.num_samples
-            ),
+            increment(state.count),
+            jnp.where(sampled, increment(state.num_samples), state.num_samples),
             jnp.where(sampled, total, state.total_weight),
             {name: averages},
         )
@@ -473,10 +473,11 @@ def lawa_params(
 
     def update_fn(
         updates: optax.Updates,
-        state: SnapshotState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SnapshotState]:
+        state = cast(SnapshotState, state)
         del extra_args
         after = _params_after(updates, params)
         sampled = is_sample(state.count)
@@ -489,10 +490,8 @@ def lawa_params(
 
         snapshots = jax.tree.map(put, state.snapshots[name], after, is_leaf=is_hole)
         return updates, SnapshotState(
-            optax.safe_increment(state.count),
-            jnp.where(
-                sampled, optax.safe_increment(state.num_samples), state.num_samples
-            ),
+            increment(state.count),
+            jnp.where(sampled, increment(state.num_samples), state.num_samples),
             {name: snapshots},
         )
 

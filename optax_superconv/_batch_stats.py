@@ -15,9 +15,10 @@ import itertools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -236,7 +237,8 @@ def _linen_step(
         run = linen.apply(forward, model, mutable=["batch_stats"])
         _, changed = run({**state, "batch_stats": collection}, batch)
     after = traverse_util.flatten_dict(changed["batch_stats"])
-    return [tuple(after[(*path, name)] for name in _TOTALS) for path in paths]
+    found = [tuple(after[(*path, name)] for name in _TOTALS) for path in paths]
+    return cast(Totals, found)  # Flax's trees may hold anything.
 
 
 def _nnx_network(model: Any, params: Any) -> Network:
@@ -261,7 +263,8 @@ def _nnx_network(model: Any, params: Any) -> Network:
     def shapes(state: Any) -> dict[tuple[Any, ...], tuple[int, ...]]:
         state = state if isinstance(state, nnx.State) else nnx.State(state)
         flat = traverse_util.flatten_dict(nnx.to_pure_dict(state))
-        return {path: np.shape(leaf) for path, leaf in flat.items()}
+        # Flax's trees may hold anything; a State holds arrays.
+        return {path: np.shape(cast(jax.Array, leaf)) for path, leaf in flat.items()}
 
     # Flax's update would take them as they are.
     own = shapes(nnx.state(copy))
@@ -506,12 +509,14 @@ def recalibrate_batch_stats(
 
     step = functools.partial(network.step, forward, network.state)
     zeros: Totals = [
-        (jnp.zeros_like(mean, dtype=_wide(mean)),) * 3 for mean, _ in network.stats
+        (zero, zero, zero)
+        for zero in (jnp.zeros_like(m, dtype=_wide(m)) for m, _ in network.stats)
     ]
     stats = network.stats
     known = [jnp.zeros_like(mean, dtype=bool) for mean, _ in stats]
     for index in range(passes):
         own, totals, seen = _unless_known(stats, known, _OWN), zeros, 0
+        first, once_observed = None, zeros
         for batch in _each(batches):
             totals, seen = step(own, totals, batch), seen + 1
             if seen == 1:

@@ -10,9 +10,10 @@ cooldowns of several lengths.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,6 +25,7 @@ from optax_superconv._hyperparams import (
     AppliedHyperparams,
     array_of,
     find_states,
+    increment,
     scale,
     states_in,
     value_at,
@@ -45,7 +47,7 @@ class PlateauState(NamedTuple):
 class TriggeredCooldownState(NamedTuple):
     """State of :func:`triggered_cooldown`."""
 
-    count: jax.Array  # type: ignore[assignment]  # (), int32
+    count: jax.Array  # (), int32
     start_step: jax.Array  # (), int32; the last int32 before the trigger
     cooldown_steps: jax.Array  # (), int32; 0 before the trigger
     plateau: PlateauState
@@ -201,12 +203,13 @@ def triggered_cooldown(
 
     def update_fn(
         updates: optax.Updates,
-        state: TriggeredCooldownState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         *,
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, TriggeredCooldownState]:
+        state = cast(TriggeredCooldownState, state)
         del params, extra_args
         count, start, steps = state.count, state.start_step, state.cooldown_steps
         plateau = state.plateau
@@ -229,7 +232,7 @@ def triggered_cooldown(
             jnp.float32
         )
         return scale(-rate, updates), TriggeredCooldownState(
-            optax.safe_increment(count),
+            increment(count),
             start,
             steps,
             plateau,

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike

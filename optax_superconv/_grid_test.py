@@ -11,11 +11,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from optax_superconv import _checks, _runs
 from optax_superconv._range_test import RangeTestResult, range_test
@@ -123,7 +124,8 @@ def _axes(grid: Mapping[str, Iterable[float]], mode: str) -> dict[str, np.ndarra
             raise TypeError(f"`grid` must have names for keys, got {key!r}.")
         name = f"grid[{key!r}]"
         if isinstance(values, str | bytes | Mapping) or not (
-            isinstance(values, Iterable) and np.ndim(values) == 1  # type: ignore[arg-type]
+            isinstance(values, Iterable)
+            and np.ndim(cast(ArrayLike, values)) == 1  # Takes anything.
         ):
             raise TypeError(f"`{name}` must be a sequence of numbers, got {values!r}.")
         values = list(values)
@@ -170,7 +172,7 @@ def _vectorized(
     state: Any,
     values: dict[str, np.ndarray],
     ladder: np.ndarray | None,
-    devices: Sequence[jax.Device],
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
 ) -> Callable[[int, Any, Sequence[int]], jax.Array]:
     """One step of all members at once; ``advance`` for ``_runs.lockstep``."""
     num_members = len(next(iter(values.values())))
@@ -228,7 +230,7 @@ def _one_by_one(
     state: Any,
     values: dict[str, np.ndarray],
     ladder: np.ndarray | None,
-    devices: Sequence[jax.Device],
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
 ) -> Callable[[int, Any, Sequence[int]], list[Any]]:
     """One step of one member after another; ``advance`` for ``_runs.lockstep``."""
     num_members = len(next(iter(values.values())))
@@ -275,7 +277,7 @@ def _compare(
     """Scores the members' losses, (members, num_steps)."""
     num_steps = losses.shape[1]
     tail = losses[:, -_runs.tenth(losses) :]
-    diverged = ~np.isfinite(losses).all(axis=1)
+    diverged = ~np.all(np.isfinite(losses), axis=1)
     scores, errors = np.full((2, len(losses)), np.inf)
     if ladder is None:
         scores = np.where(diverged, np.inf, tail.mean(axis=1))
@@ -294,7 +296,7 @@ def _compare(
     order = np.argsort(scores, kind="stable")
     best, second = order[0], order[min(1, len(order) - 1)]
     _checks.require(
-        np.isfinite(scores[best]),
+        bool(np.isfinite(scores[best])),
         "grid",
         "a grid with a combination that does not diverge "
         + ("in its first 10 steps (lower `min_value`, or raise `num_steps`)"
@@ -342,7 +344,7 @@ def grid_test(
     min_value: float = 1e-6,
     max_value: float = 10.0,
     vectorize: bool | Literal["auto"] = "auto",
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
     progress: bool = False,
 ) -> GridTestResult:
     r"""Trains every combination of a grid of hyperparameters and compares them.

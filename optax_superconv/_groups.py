@@ -12,9 +12,10 @@ Known special cases are choices of the factors:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,6 +25,7 @@ from jax.typing import ArrayLike
 from optax_superconv import _checks
 from optax_superconv._hyperparams import (
     AppliedMultipliers,
+    increment,
     narrow,
     times,
     value_at,
@@ -48,7 +50,7 @@ from optax_superconv._labels import (
 class ScaleByGroupState(NamedTuple):
     """State of :func:`scale_by_group`."""
 
-    count: jax.Array  # type: ignore[assignment]  # (), int32
+    count: jax.Array  # (), int32
     skeleton: Any  # the containers of the parameters, () for each leaf
     applied: AppliedMultipliers
 
@@ -245,8 +247,7 @@ def scale_by_group(
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2.
     """
     if not is_function(multipliers):
-        _check_multipliers(multipliers)
-        multipliers = dict(multipliers)  # type: ignore[arg-type]
+        multipliers = _checked_multipliers(multipliers)
 
     def values_at(by_label: Mapping[Any, Any], count: jax.Array) -> dict[Any, Any]:
         return {k: value_at(by_label[k], count) for k in sorted(by_label)}
@@ -266,10 +267,11 @@ def scale_by_group(
 
     def update_fn(
         updates: optax.Updates,
-        state: ScaleByGroupState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByGroupState]:
+        state = cast(ScaleByGroupState, state)
         del params, extra_args
         check_skeleton(updates, state.skeleton)
         labels = labels_of(param_labels, updates)
@@ -288,7 +290,7 @@ def scale_by_group(
 
         scaled_leaves = map(scaled, labels, leaves)
         return jax.tree.unflatten(treedef, scaled_leaves), ScaleByGroupState(
-            optax.safe_increment(state.count), state.skeleton, record(values, updates)
+            increment(state.count), state.skeleton, record(values, updates)
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -307,8 +309,8 @@ def _as_data(value: jax.Array, count: jax.Array) -> jax.Array:
     )
 
 
-def _check_multipliers(multipliers: Any) -> None:
-    """Raises unless this is a dict of constants and schedules by label."""
+def _checked_multipliers(multipliers: Any) -> dict[Any, optax.ScalarOrSchedule]:
+    """A copy; raises unless this is a dict of constants and schedules by label."""
     if not isinstance(multipliers, Mapping):
         raise TypeError(
             "`multipliers` must be a dict from label to multiplier, or a function that "
@@ -324,6 +326,7 @@ def _check_multipliers(multipliers: Any) -> None:
         _checks.number_or_schedule(name, multiplier, rule, _checks.non_negative)
         if not callable(multiplier) and np.ndim(multiplier):
             raise TypeError(f"`{name}` must be a single number, got {multiplier}.")
+    return dict(multipliers)
 
 
 def _multipliers_of(multipliers: Any, labels: list[Any], params: Any) -> dict[Any, Any]:
@@ -334,7 +337,7 @@ def _multipliers_of(multipliers: Any, labels: list[Any], params: Any) -> dict[An
         known = check_labels(labels)
         # Names have no order: a set of them is refused by what would need one.
         multipliers = multipliers(set(known) if isinstance(known[0], str) else known)
-        _check_multipliers(multipliers)
+        _checked_multipliers(multipliers)
     by_label: dict[Any, str] = {}
     for path, label in zip(paths_of(params), labels, strict=True):
         by_label.setdefault(label, path)
@@ -391,7 +394,7 @@ def describe_groups(
     rows = [["path", "group"], *zip(paths_of(params), map(str, labels), strict=True)]
     if multipliers is not None:
         if not is_function(multipliers):
-            _check_multipliers(multipliers)
+            _checked_multipliers(multipliers)
         values = _multipliers_of(multipliers, labels, params)
         shown = [f"{_at_start(values[label]):.4g}" for label in labels]
         column = ["multiplier", *shown]
@@ -404,5 +407,5 @@ def describe_groups(
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _at_start(multiplier: Any) -> float:
+def _at_start(multiplier: float | jax.Array | Callable[[jax.Array], Any]) -> float:
     return float(multiplier(jnp.int32(0)) if callable(multiplier) else multiplier)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class AppliedHyperparams(NamedTuple):
 class ScheduledState(NamedTuple):
     """State of a transformation that has a single hyperparameter and no memory."""
 
-    count: jax.Array  # type: ignore[assignment]  # (), int32
+    count: jax.Array  # (), int32
     applied: AppliedHyperparams
 
 
@@ -51,6 +51,12 @@ class GroupState(NamedTuple):
 def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
     """The value of a constant or a schedule at ``count``, in float32."""
     return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """The next count, which stays at the last int32."""
+    # Its type promises no more than what it takes.
+    return cast(jax.Array, optax.safe_increment(count))
 
 
 def wide_dtype(leaf: ArrayLike) -> np.dtype:
@@ -95,14 +101,15 @@ def scheduled_transform(
 
     def update_fn(
         updates: optax.Updates,
-        state: ScheduledState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScheduledState]:
+        state = cast(ScheduledState, state)
         del extra_args
         applied = value_at(value, state.count)
         return apply(applied, updates, params), ScheduledState(
-            optax.safe_increment(state.count), AppliedHyperparams({name: applied})
+            increment(state.count), AppliedHyperparams({name: applied})
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -209,7 +216,8 @@ def _find(node: Any, suffix: str = "", group: Any = None) -> _Found:
         return _Found(_freeze(inside.entries, flags)[0], inside.multipliers, flags)
     children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
     if isinstance(node, _INJECTED):
-        children = [AppliedHyperparams(dict(node.hyperparams)), node.inner_state]
+        values = {k: array_of(v) for k, v in node.hyperparams.items()}
+        children = [AppliedHyperparams(values), node.inner_state]
     if len(children) == 1 and children[0] is node:
         return _Found()
     return _settle(_merge([_find(child, suffix, group) for child in children]))

@@ -18,7 +18,7 @@ bfloat16 a mean with :math:`\beta = 0.999` stops at a quarter of its goal.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jax.typing import ArrayLike
 from optax_superconv import _checks
 from optax_superconv._hyperparams import (
     AppliedHyperparams,
+    increment,
     narrow,
     times,
     value_at,
@@ -39,7 +40,7 @@ from optax_superconv._hyperparams import (
 class ScheduledTraceState(NamedTuple):
     """State of :func:`scheduled_trace`."""
 
-    count: jax.Array  # type: ignore[assignment]  # (), int32
+    count: jax.Array  # (), int32
     trace: optax.Updates  # like the parameters
     applied: AppliedHyperparams  # momentum
 
@@ -47,7 +48,7 @@ class ScheduledTraceState(NamedTuple):
 class ScaleByScheduledAdamState(NamedTuple):
     """State of :func:`scale_by_scheduled_adam`."""
 
-    count: jax.Array  # type: ignore[assignment]  # (), int32
+    count: jax.Array  # (), int32
     mu: optax.Updates  # like the parameters
     nu: optax.Updates  # like the parameters
     mu_weight: jax.Array  # (), float32; the mean of a constant 1
@@ -114,10 +115,11 @@ def scheduled_trace(
 
     def update_fn(
         updates: optax.Updates,
-        state: ScheduledTraceState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScheduledTraceState]:
+        state = cast(ScheduledTraceState, state)
         del params, extra_args
         momentum = value_at(decay, state.count)
 
@@ -128,7 +130,7 @@ def scheduled_trace(
         trace = jax.tree.map(accumulate, updates, state.trace)
         looked = jax.tree.map(accumulate, updates, trace) if nesterov else trace
         return jax.tree.map(narrow, looked, updates), ScheduledTraceState(
-            optax.safe_increment(state.count),
+            increment(state.count),
             jax.tree.map(narrow, trace, state.trace),
             AppliedHyperparams({"momentum": momentum}),
         )
@@ -208,12 +210,13 @@ def scale_by_scheduled_adam(
 
     def update_fn(
         updates: optax.Updates,
-        state: ScaleByScheduledAdamState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByScheduledAdamState]:
+        state = cast(ScaleByScheduledAdamState, state)
         del params, extra_args
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         beta1, beta2 = value_at(b1, state.count), value_at(b2, state.count)
         gain1, gain2 = 1 - beta1, 1 - beta2
         mu_weight = state.mu_weight + gain1 * (1 - state.mu_weight)

@@ -6,7 +6,7 @@ state that can be read back.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -405,9 +405,14 @@ def fine_tune_adamw(
         if freeze_steps == 0:
             return then
         first = phase_schedule(start, [Phase(freeze_steps, end, shape)])
-        return lambda count: jnp.where(
-            count < freeze_steps, first(count), then(count - freeze_steps)
-        )
+
+        def value(count: ArrayLike) -> jax.Array:
+            step = cast(jax.Array, count)  # Or an int, which does the same.
+            return jnp.where(
+                step < freeze_steps, first(count), then(step - freeze_steps)
+            )
+
+        return value
 
     peak = jnp.asarray(peak_learning_rate, jnp.float32)
     learning_rate = rising(peak / 25 if init is None else init, peak, learning_rate)

@@ -13,16 +13,17 @@ consequence.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._hyperparams import widen
+from optax_superconv._hyperparams import increment, widen
 from optax_superconv._schedules import as_count, float_dtype
 
 _POWERS = {"adam": -1.0, "sgd": -2.0}
@@ -33,7 +34,7 @@ _TRIM = 2  # Norms at either end, which the smoothing leaves out.
 class RecordGradientNormsState(NamedTuple):
     """State of :func:`record_gradient_norms`."""
 
-    count: jax.Array  # type: ignore[assignment]  # (), int32
+    count: jax.Array  # (), int32
     gradient_norms: jax.Array  # (samples,), float32; NaN where nothing is recorded
     num_in_sample: jax.Array  # (), int32; norms in the mean of the current sample
 
@@ -107,10 +108,11 @@ def record_gradient_norms(
 
     def update_fn(
         updates: optax.Updates,
-        state: RecordGradientNormsState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RecordGradientNormsState]:
+        state = cast(RecordGradientNormsState, state)
         del params, extra_args
         step = jnp.minimum(state.count, total - 1)
         after = step - end_of_long
@@ -123,7 +125,7 @@ def record_gradient_norms(
         running = state.count < total
         counts = running & jnp.isfinite(value)
         return updates, RecordGradientNormsState(
-            count=optax.safe_increment(state.count),
+            count=increment(state.count),
             gradient_norms=state.gradient_norms.at[index].set(
                 jnp.where(counts, longer, mean)
             ),

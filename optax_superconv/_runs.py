@@ -162,7 +162,7 @@ def strong(leaf: Any) -> jax.Array:
     return jnp.asarray(leaf, None if is_key(leaf) else jnp.result_type(leaf))
 
 
-def copy_state(state: State, device: jax.Device | None = None) -> State:
+def copy_state(state: State, device: jax.Device | None = None) -> State:  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
     """A state whose arrays may be donated, in place of the caller's."""
     copies: dict[int, jax.Array] = {}
 
@@ -211,8 +211,9 @@ def noise(losses: np.ndarray) -> float:
 def check_loss(wanted: str, loss: Any) -> None:
     """Raises unless a loss is a real scalar; ``wanted`` begins the message."""
     try:
-        # None would pass for a number.
-        dtype, shape = jnp.result_type("" if loss is None else loss), np.shape(loss)
+        if loss is None:  # It would pass for a number.
+            raise TypeError
+        dtype, shape = jnp.result_type(loss), np.shape(loss)
     except (TypeError, ValueError):
         raise TypeError(
             f"{wanted} a number, got a loss of type {type(loss).__name__}."
@@ -273,7 +274,7 @@ def sequential(
     step_fn: Callable[[Any, Any, Any], Any],
     states: list[Any],
     hyperparams: Callable[[int, int], Any],
-    devices: Sequence[jax.Device] = (),
+    devices: Sequence[jax.Device] = (),  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
 ) -> Callable[[int, Any, Sequence[int]], list[Any]]:
     """One step of each member, dispatched one after another; advances ``states``.
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -69,7 +70,7 @@ _RISES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def check_shape(name: str, shape: Any) -> None:
+def check_shape(name: str, shape: Shape) -> None:
     if not callable(shape):
         _checks.choice(name, shape, (*_FALLS, "exponential"))
         return
@@ -230,7 +231,7 @@ def phase_schedule(
                 f"`phases[{k}]` must be a Phase or a tuple (steps, end_value, shape), "
                 f"got {item!r} of type {type(item).__name__}."
             )
-        phase = Phase(*item)
+        phase = item if isinstance(item, Phase) else Phase(*item)
         name = f"phases[{k}]"
         phase = phase._replace(steps=_checks.steps(f"{name}.steps", phase.steps))
         _checks.number(f"{name}.end_value", phase.end_value)
@@ -365,7 +366,7 @@ def onecycle_schedule(
     """
     _checks.number("peak_value", peak_value)
     if init_value is None:
-        init_value = cast(Any, peak_value) / 25
+        init_value = cast(jax.Array, peak_value) / 25  # Or a number, likewise.
     values = {
         "peak_value": peak_value,
         "init_value": init_value,

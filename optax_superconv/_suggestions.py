@@ -79,7 +79,7 @@ def smooth_curve(result: RangeTestResult, *, bandwidth: float | None = None) -> 
         # The optimal width goes with the noise to the power 2/5 and with the density of
         # the points to the power -1/5; 0.5 is right for a tenth of noise, 12 a decade.
         relative = min(10 * noise / fall, 1.0) if fall else 1.0
-        bandwidth = max(0.5 * relative**0.4 * (12 * spacing) ** 0.2, 0.12)
+        bandwidth = max(float(0.5 * relative**0.4 * (12 * spacing) ** 0.2), 0.12)
         end = _climb(losses, start, noise, int(losses.argmin()))
         end = max(end or n, _MIN_POINTS)
         log_rates, capped = log_rates[:end], capped[:end]

@@ -9,9 +9,10 @@ state per distinct thaw step. It is left alone until then, and counts from there
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,6 +22,7 @@ from optax_superconv._hyperparams import (
     AppliedHyperparams,
     AppliedMultipliers,
     GroupState,
+    increment,
 )
 from optax_superconv._labels import (
     LabelFn,
@@ -35,11 +37,14 @@ from optax_superconv._labels import (
     skeleton_of,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs  # Known to every type checker.
+
 
 class GradualUnfreezingState(NamedTuple):
     """State of :func:`gradual_unfreezing`."""
 
-    count: jax.Array  # type: ignore[assignment]  # (), int32
+    count: jax.Array  # (), int32
     skeleton: Any  # the containers of the parameters, () for each leaf
     frozen: jax.Array  # (distinct thaw steps,), bool; in the next update
     groups: tuple[GroupState, ...]  # one per distinct thaw step
@@ -130,7 +135,7 @@ def gradual_unfreezing(
     return unfreezing(make_inner, _checked_steps(thaw_steps), param_labels)
 
 
-def _is_transformation(value: Any) -> bool:
+def _is_transformation(value: Any) -> TypeIs[optax.GradientTransformation]:
     return hasattr(value, "init") and hasattr(value, "update")
 
 
@@ -204,7 +209,7 @@ def unfreezing(
                 )
             )
             frozen = jnp.array(step is None or step > 0)
-            names = names_of(labels) if thaws else params
+            names = names_of(labels) if thaws else cast(dict[Any, None], params)
             groups.append(GroupState(names, frozen, inner_state))
         return GradualUnfreezingState(
             count, skeleton_of(params), frozen_at(count, distinct), tuple(groups)
@@ -212,10 +217,11 @@ def unfreezing(
 
     def update_fn(
         updates: optax.Updates,
-        state: GradualUnfreezingState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradualUnfreezingState]:
+        state = cast(GradualUnfreezingState, state)
         check_skeleton(updates, state.skeleton)
         thaws, by_label = thaws_of(updates)
         distinct = order or _distinct(by_label)
@@ -249,7 +255,7 @@ def unfreezing(
             for k, leaf in zip(mine, new, strict=True):
                 new_leaves[k] = leaf
             groups.append(GroupState(group.labels, ~thawed, inner_state))
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         return jax.tree.unflatten(treedef, new_leaves), GradualUnfreezingState(
             count, state.skeleton, frozen_at(count, distinct), tuple(groups)
         )

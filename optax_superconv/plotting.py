@@ -265,6 +265,7 @@ def _draw_curves(result: GridTestResult, ax: Axes, long: list[str]) -> None:
     ]
     curves = result.losses.reshape(len(scores), -1)
     bottoms: list[float] = []
+    tops: list[float] = []
     for rank, k in reversed(list(enumerate(order))):
         losses = curves[k]
         if result.learning_rates is None:
@@ -286,9 +287,9 @@ def _draw_curves(result: GridTestResult, ax: Axes, long: list[str]) -> None:
         if rank == 0 or len(scores) <= 8:
             line.set_label((label or "loss") + suffix)
         bottoms.append(y.min())
-        top = y[: int(y.argmin()) + 1].max()  # At last, of the best.
+        tops.append(y[: int(y.argmin()) + 1].max())  # At last, of the best.
     # An explosion would flatten everything else.
-    low, high = min(bottoms), top
+    low, high = min(bottoms), tops[-1]
     if high > low:
         ax.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
     if result.learning_rates is None:
