@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -151,7 +152,7 @@ def _average(
         def blend(mean: Any, leaf: Any) -> Any:
             if is_hole(mean):
                 return mean
-            dtype = jnp.promote_types(wide_dtype(leaf), wide_dtype(mean))
+            dtype = np.promote_types(wide_dtype(leaf), wide_dtype(mean))
             wide = mean.astype(dtype)
             return wide + weight.astype(dtype) * (leaf.astype(dtype) - wide)
 

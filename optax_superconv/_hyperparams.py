@@ -55,7 +55,7 @@ def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
 
 def increment(count: jax.Array) -> jax.Array:
     """The next count, which stays at the last int32."""
-    # Its type promises no more than what it takes.
+    # Optax annotates the result as loosely as the argument.
     return cast(jax.Array, optax.safe_increment(count))
 
 

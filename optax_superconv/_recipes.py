@@ -16,7 +16,11 @@ from jax.typing import ArrayLike
 from optax_superconv import _checks
 from optax_superconv._cooldown import triggered_cooldown
 from optax_superconv._groups import layerwise_multipliers, scale_by_group
-from optax_superconv._hyperparams import add_decayed_weights, scale_by_learning_rate
+from optax_superconv._hyperparams import (
+    add_decayed_weights,
+    scale_by_learning_rate,
+    value_at,
+)
 from optax_superconv._labels import (
     LabelFn,
     Labels,
@@ -409,7 +413,9 @@ def fine_tune_adamw(
         def value(count: ArrayLike) -> jax.Array:
             step = cast(jax.Array, count)  # Or an int, which does the same.
             return jnp.where(
-                step < freeze_steps, first(count), then(step - freeze_steps)
+                step < freeze_steps,
+                value_at(first, step),
+                value_at(then, step - freeze_steps),
             )
 
         return value

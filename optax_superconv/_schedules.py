@@ -507,9 +507,9 @@ def cyclical_schedule(
         count = jnp.maximum(as_count(count, dtype), 0)
         step = count % (up + down)
         is_up = step <= up
-        to_peak = jnp.where(is_up, up - step, step - up) / jnp.where(is_up, up, down)
-        to_base = jnp.where(is_up, step, up + down - step) / jnp.where(is_up, up, down)
-        to_peak, to_base = to_peak.astype(dtype), to_base.astype(dtype)
+        length = jnp.where(is_up, up, down).astype(dtype)
+        to_peak = jnp.where(is_up, up - step, step - up).astype(dtype) / length
+        to_base = jnp.where(is_up, step, up + down - step).astype(dtype) / length
         scale = jnp.ones([], dtype)
         if mode == "triangular2":
             scale = jnp.exp2(-(count // (up + down)).astype(dtype))

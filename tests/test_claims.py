@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from test_schedules import SHAPES, check_onecycle
+from test_schedules import SHAPES, check_onecycles
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -36,6 +36,6 @@ def test_the_dials_cost_at_most_a_tenth_and_the_range_test_a_twentieth(tmp_path)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_onecycle_with_every_warmup_of_a_hundred_steps(shape):
     for warmup in range(100):
-        for annihilation in (0, 1, 50, 100 - warmup):
-            if warmup + annihilation <= 100:
-                check_onecycle(100, warmup, annihilation, shape, np.arange(103))
+        annihilations = {k for k in (0, 1, 50, 100 - warmup) if warmup + k <= 100}
+        lengths = [(100, warmup, annihilation) for annihilation in annihilations]
+        check_onecycles(lengths, shape, np.arange(103))
