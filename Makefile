@@ -1,8 +1,9 @@
-# make demo: train a network on real data. make test: the fast tests.
+# make demo: train a network on real data. make test: the fast tests. make test-all:
+# these and the slow ones. make check: what has to pass before a change lands.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-oldest test-newest lint types check bench bench-quality clean
+.PHONY: demo test test-slow test-all test-oldest test-newest lint types check bench bench-quality clean
 
 demo: .venv/examples.stamp
 	$(BIN)/python examples/01_super_convergence.py
@@ -10,8 +11,11 @@ demo: .venv/examples.stamp
 test: .venv/dev.stamp
 	$(BIN)/pytest
 
-test-all: .venv/dev.stamp
-	$(BIN)/pytest -m ''
+test-slow: .venv/dev.stamp
+	$(BIN)/pytest -m 'slow and not timed'
+	$(BIN)/pytest -m timed -n 0
+
+test-all: test test-slow
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check
@@ -20,7 +24,7 @@ lint: .venv/dev.stamp
 types: .venv/dev.stamp
 	$(BIN)/pyright
 
-check: lint types test
+check: lint types test-all
 
 # What the README quotes, on an otherwise idle machine; minutes, and for the quality of
 # suggestions, transfer and late decay hours: make bench-quality DATA=path/to/cifar10
@@ -65,4 +69,4 @@ test-newest:
 	touch $@ .venv/examples.stamp
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest out build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .jax_cache out build dist *.egg-info

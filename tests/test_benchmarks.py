@@ -24,6 +24,8 @@ import harness  # noqa: E402
 import networks  # noqa: E402
 import tasks  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # --- evidence -------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What the README claims, measured anew: minutes, on an otherwise idle machine."""
+"""What the README claims, measured again: minutes, on an otherwise idle machine."""
 
 import json
 import pathlib
@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", ["01_super_convergence", "02_find_the_rate"])
 def test_an_example_takes_at_most_three_minutes(name, tmp_path):
     begin = time.perf_counter()
@@ -22,6 +23,7 @@ def test_an_example_takes_at_most_three_minutes(name, tmp_path):
     assert time.perf_counter() - begin < 180
 
 
+@pytest.mark.timed
 def test_the_dials_cost_at_most_a_tenth_and_the_range_test_a_twentieth(tmp_path):
     script = ROOT / "benchmarks" / "overhead.py"
     subprocess.run([sys.executable, script, "--out", tmp_path], check=True)

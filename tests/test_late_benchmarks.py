@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import large_rate_regimes as regimes  # noqa: E402
 import late_decay_minimum_norm as minimum_norm  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # --- the minimum-norm model -----------------------------------------------------------
 
 

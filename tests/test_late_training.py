@@ -18,6 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import late_decay_training as benchmark
 import tasks
 
+pytestmark = pytest.mark.slow
+
 RATE, SEED, LENGTH = 0.1, 3, 20
 
 

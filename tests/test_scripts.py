@@ -1,9 +1,8 @@
 """Examples, benchmarks and the code in the documents run."""
 
-import os
 import pathlib
 import re
-import subprocess
+import runpy
 import sys
 import time
 
@@ -17,19 +16,22 @@ BENCHMARKS = [
     for path in sorted((ROOT / "benchmarks").glob("*.py"))
     if path.stem not in ("data", "harness", "networks", "tasks")
 ]
+OTHERS = [*EXAMPLES[1:], *BENCHMARKS]  # The demo alone is among the fast tests.
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
-@pytest.mark.parametrize("path", [*EXAMPLES, *BENCHMARKS], ids=lambda path: path.stem)
-def test_smoke(path, tmp_path):
+@pytest.mark.parametrize(
+    "path",
+    [EXAMPLES[0], *(pytest.param(p, marks=pytest.mark.slow) for p in OTHERS)],
+    ids=lambda path: path.stem,
+)
+def test_smoke(path, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent))
+    monkeypatch.setattr(sys, "argv", [str(path), "--smoke", "--out", str(tmp_path)])
+    monkeypatch.setenv("COLUMNS", "120")
+    matplotlib.use("Agg")
     begin = time.perf_counter()
-    run = subprocess.run(
-        [sys.executable, path, "--smoke", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "120"},
-    )
-    assert run.returncode == 0, run.stderr
+    runpy.run_path(str(path), run_name="__main__")
     assert list(tmp_path.iterdir())
     # Ten seconds alone on two cores; here it shares them with other tests.
     assert time.perf_counter() - begin < 60
