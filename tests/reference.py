@@ -144,9 +144,9 @@ def refined(norms, power):
     """Defazio et al. (2023): w_t times the sum of the later w, over its maximum."""
     later, rates = 0.0, []
     for norm in reversed(norms):
-        rates.insert(0, norm**-power * later)
+        rates.append(norm**-power * later)
         later += norm**-power
-    return np.array(rates) / max(rates)
+    return np.array(rates[::-1]) / max(rates)
 
 
 def refined_schedule(count, norms, power, peak, total):

@@ -44,7 +44,7 @@ def top(matrix):
 # --- sharpness: value and residual ---------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [10, 100, 300])
+@pytest.mark.parametrize("n", [10, pytest.param(100, marks=pytest.mark.slow), 300])
 def test_twenty_products_find_the_top(n):
     """Within 1 % over eight starts, at random and at the minimum; none beyond 5 %."""
     rng = np.random.default_rng(n)
@@ -97,14 +97,14 @@ def test_the_residual_is_that_of_the_start_vector_after_one_product():
         ([5.0], 5.0),
         ([-5.0], -5.0),
         ([0.0], 0.0),
-        ([1.0, 4.0], 4.0),
-        ([-1.0, -4.0], -1.0),
+        ([1.0, 4.0, 4.0], 4.0),
+        ([-1.0, -4.0, -4.0], -1.0),
         ([0.0, 0.0, 0.0], 0.0),
         ([0.0, 0.0, -2.0], 0.0),
         ([3.0] * 60, 3.0),
         ([-3.0] * 60, -3.0),
         ([7.0] * 20 + [-1.0] * 20 + [2.0] * 20, 7.0),
-        ([1e-12, 3e-12], 3e-12),
+        ([1e-12, 3e-12, 3e-12], 3e-12),
     ],
 )
 def test_is_exact_where_the_space_ends_early(curvature, expected):
@@ -127,14 +127,13 @@ def test_a_loss_that_is_not_finite_shows():
 
 
 def network_loss(params, x, labels):
-    hidden = jnp.tanh(x @ params["w1"] + params["b1"])
-    logits = hidden @ params["w2"] + params["b2"]
+    logits = jnp.tanh(x @ params["w1"]) @ params["w2"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def network(dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    shapes = {"w1": (8, 16), "b1": (16,), "w2": (16, 4), "b2": (4,)}
+    shapes = {"w1": (8, 16), "w2": (16, 4)}
     params = {k: jnp.asarray(rng.normal(size=s) / 3, dtype) for k, s in shapes.items()}
     x = jnp.asarray(rng.normal(size=(64, 8)), dtype)
     return params, x, jnp.asarray(rng.integers(4, size=64))
@@ -192,8 +191,7 @@ class Pair(NamedTuple):
 PYTREES = {
     "dict": {"a": {"b": jnp.ones((2, 3))}, "c": [jnp.ones(()), (jnp.ones(2),)]},
     "bfloat16": {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones(3)},
-    "numpy": [np.ones((3, 3), np.float32)],
-    "empty leaf": [np.ones(9, np.float32), np.ones((0, 3), np.float32)],
+    "numpy, one empty": [np.ones((3, 3), np.float32), np.ones((0, 3), np.float32)],
 }
 
 
@@ -219,32 +217,42 @@ def test_leaves_that_are_no_parameters_are_held_fixed():
 
 
 def test_the_loss_sees_parameters_in_their_own_dtype():
+    seen = set()
+
     def loss_fn(params):
-        assert params.dtype == jnp.bfloat16
+        seen.add(params.dtype)
         return jnp.sum(params**2)
 
-    value, _ = osc.sharpness(loss_fn, jnp.ones(3, jnp.bfloat16))
-    np.testing.assert_allclose(value, 2.0, rtol=0.01)
+    params = jax.ShapeDtypeStruct((3,), jnp.bfloat16)
+    jax.eval_shape(lambda params: osc.sharpness(loss_fn, params), params)
+    assert seen == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_flax_and_equinox_models():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 3)), jnp.float32)
-    # A linear layer under the mean square: twice the second moments of (x, 1).
-    inputs = np.c_[x, np.ones(20)]
-    expected = 2 * top(inputs.T @ inputs / 20)
+def linear_data():
+    """Inputs, and the sharpness of a linear layer under the mean square."""
+    x = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    return x, 2 * top(x.T @ x / 20)
 
-    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+def test_flax_models():
+    x, expected = linear_data()
+    model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     value, _ = osc.sharpness(
         lambda params, x: jnp.mean(nnx.merge(graph, params)(x) ** 2), params, x
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
+
+@pytest.mark.slow
+def test_equinox_models():
     def loss_fn(model, x):
         return jnp.mean(jax.vmap(model)(x) ** 2)
 
-    layers = [eqx.nn.Linear(3, 1, key=jax.random.key(0)), eqx.nn.Lambda(jnp.negative)]
-    model = eqx.nn.Sequential([*layers, eqx.nn.Identity()])
+    x, expected = linear_data()
+    linear = eqx.nn.Linear(3, 1, use_bias=False, key=jax.random.key(0))
+    negative, identity = eqx.nn.Lambda(jnp.negative), eqx.nn.Identity()
+    model = eqx.nn.Sequential([linear, negative, identity])
     value, _ = osc.sharpness(loss_fn, model, x)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     # What an optimizer of its arrays holds: None where the model has functions.
@@ -289,7 +297,10 @@ def test_the_key_moves_the_start_alone():
     assert first.value == again.value != other.value
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type",
+    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
+)
 def test_sharded_parameters_give_the_same_and_stay_sharded(axis_type):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     where = NamedSharding(mesh, PartitionSpec("data"))
@@ -339,11 +350,11 @@ def test_limit_of_numbers_arrays_results_and_tracers():
     np.testing.assert_array_equal(jax.jit(osc.stability_limit)(curvature), expected)
     result = osc.SharpnessResult(jnp.float32(4.0), jnp.float32(0.0))
     assert osc.stability_limit(result) == jax.jit(osc.stability_limit)(result) == 0.5
-    momentum = jnp.array([0.0, 0.9])
+    momentum = jnp.array([0.0, 0.9, 0.0, 0.9])
     limits = osc.stability_limit(1.0, optimizer="heavy_ball", momentum=momentum)
-    np.testing.assert_allclose(limits, [2.0, 3.8], rtol=1e-6)
+    np.testing.assert_allclose(limits, [2.0, 3.8, 2.0, 3.8], rtol=1e-6)
     # No infinity in the derivative of the branch that is not taken.
-    assert np.isfinite(jax.grad(osc.stability_limit)(0.0))
+    assert np.isfinite(jax.jit(jax.grad(osc.stability_limit))(0.0))
 
 
 def frozen_adam(rate, divisor):
@@ -400,11 +411,11 @@ def test_documented_divisor_is_what_adam_divides_by(ours):
     b2, eps = 0.99, 1e-3
     make = osc.scale_by_scheduled_adam if ours else optax.scale_by_adam
     tx = optax.chain(make(b1=0.0, b2=b2, eps=eps), optax.scale(-0.1))
-    g = {"w": jnp.array([0.1, -2.0, 30.0])}
-    state = tx.init(g)
+    g = {"w": np.float32([0.1, -2.0, 30.0])}
+    state, update = tx.init(g), jax.jit(tx.update)
     for factor in (1.0, 0.5, 2.0):
-        scaled = jax.tree.map(lambda a, f=factor: a * f, g)
-        updates, state = tx.update(scaled, state)
+        scaled = {"w": np.float32(factor) * g["w"]}
+        updates, state = update(scaled, state)
     if ours:
         adam = optax.tree.get(state, "ScaleByScheduledAdamState")
         nu_hat = jax.tree.map(lambda nu: nu / adam.nu_weight, adam.nu)
@@ -591,15 +602,15 @@ def test_nothing_raises_under_jit():
 
 def test_equal_constants_of_different_types_are_told_apart():
     """``1 == True``, and both are static."""
+    seen = set()
 
-    def loss_fn(params, doubled):
-        factor = 1.0 if doubled is True else 3.0
-        return factor * jnp.sum(params**2)
+    def loss_fn(params, constant):
+        seen.add(type(constant))
+        return jnp.sum(params**2)
 
-    params = jnp.ones(2)
-    for constant, expected in ((True, 2.0), (1, 6.0)):
-        value = osc.sharpness(loss_fn, params, constant).value
-        assert value == pytest.approx(expected, rel=1e-5)
+    for constant in (True, 1):
+        jax.eval_shape(lambda p, c=constant: osc.sharpness(loss_fn, p, c), np.ones(2))
+    assert seen == {bool, int}
 
 
 @pytest.mark.parametrize("seed", range(3))
