@@ -541,7 +541,7 @@ def orbax_round_trip(path, tree, like):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "state", tree)
         checkpointer.wait_until_finished()
-        return checkpointer.restore(path / "state", like)
+        return jax.device_get(checkpointer.restore(path / "state", like))
 
 
 def flax_round_trip(path, tree, like):
