@@ -572,7 +572,9 @@ def test_parameters_and_state_may_be_donated_together(tx):
 
 
 @either
-@pytest.mark.parametrize("axis", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "axis", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)]
+)
 def test_averages_are_sharded_like_the_parameters(tx, axis):
     mesh = jax.make_mesh(
         (8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, axis),)

@@ -163,7 +163,9 @@ def test_the_head_keeps_its_moments_at_the_thaw():
     chex.assert_trees_all_close(history["head"], expected["head"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("freeze_steps", [0, FREEZE])
+@pytest.mark.parametrize(
+    "freeze_steps", [pytest.param(0, marks=pytest.mark.slow), FREEZE]
+)
 def test_every_option_is_passed_on(freeze_steps):
     """From the thaw of everything on it is a cycle with the same options."""
     options = {

@@ -92,8 +92,19 @@ CHAINS = {
 
 @pytest.mark.parametrize(
     ("make", "dtype"),
-    [*((make, "float32") for make in CHAINS.values()), (frozen_adamw, "bfloat16")],
-    ids=[*CHAINS, "bfloat16"],
+    [
+        *(
+            pytest.param(
+                make,
+                "float32",
+                id=name,
+                # Random numbers take long to compile.
+                marks=pytest.mark.slow if name == "noise_before" else (),
+            )
+            for name, make in CHAINS.items()
+        ),
+        pytest.param(frozen_adamw, "bfloat16", id="bfloat16"),
+    ],
 )
 def test_frozen_leaves_keep_their_bits_for_a_hundred_steps(make, dtype):
     start, grads = jax.tree.map(lambda x: x.astype(dtype), (START, GRADS))
@@ -459,6 +470,7 @@ def test_nnx_optimizer_thaws_group_after_group():
         assert (after[name]["kernel"] != before[name]["kernel"]).any()
 
 
+@pytest.mark.slow
 def test_a_whole_nnx_loop_inside_jit_gives_the_same():
     net, optimizer = nnx_optimizer()
     for _ in range(2):
