@@ -13,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import reference
+from common import assert_same_bits, types
 from descriptors import quadratic
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -22,7 +23,7 @@ import optax_superconv as osc
 
 STEPS = 40
 INT32_MAX = np.iinfo(np.int32).max
-GRAD = jnp.ones(())
+GRAD = np.ones((), np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -41,15 +42,7 @@ def run(tx, k, n, losses=None, state=None):
     return jax.lax.scan(step, state, (jnp.arange(STEPS), options))[1]
 
 
-def types(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), tree)
-
-
-def assert_same_bits(new, old):
-    assert jax.tree.structure(new) == jax.tree.structure(old)
-    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
+MANUAL = osc.triggered_cooldown(0.1, shape="linear")
 
 # --- a trigger before update k is a plan from the start ------------------------------
 
@@ -73,7 +66,7 @@ def test_a_trigger_equals_a_plan(schedule, shape, end):
     def plans():
         options = {"end_value": end, "shape": shape}
         made = [osc.with_cooldown(schedule, k + n, n, **options) for k, n in PAIRS]
-        return [jax.lax.map(plan, jnp.arange(STEPS)) for plan in made]
+        return jax.lax.map(lambda t: [plan(t) for plan in made], jnp.arange(STEPS))
 
     for (k, n), expected in zip(PAIRS, plans(), strict=True):
         applied = run(tx, k, n)
@@ -136,19 +129,29 @@ CHAINS = {
 }
 
 
+ADAMW = CHAINS["adamw"](osc.triggered_cooldown(0.1))
+
+
 def quadratic_loss(params):
     return jnp.sum(jnp.arange(1.0, 6.0) * (params - 1) ** 2)
 
 
-def train(tx, params, begin, end, state=None, *, update=None, trigger=None):
+@functools.partial(jax.jit, static_argnums=0)
+def train_step(tx, params, state):
+    updates, state = tx.update(jax.grad(quadratic_loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+ZEROS = np.zeros(5, np.float32)
+
+
+def train(tx, begin, end, params=ZEROS, state=None, *, trigger=None):
     """Parameters and state; ``trigger`` is the pair (k, n)."""
-    update = update or jax.jit(tx.update)
     state = tx.init(params) if state is None else state
     for t in range(begin, end):
         if trigger and t == trigger[0]:
             state = osc.start_cooldown(state, trigger[1])
-        updates, state = update(jax.grad(quadratic_loss)(params), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = train_step(tx, params, state)
     return params, state
 
 
@@ -157,8 +160,8 @@ def test_parameters_follow_the_planned_run(chain):
     for schedule in (0.03, optax.linear_schedule(0.0, 0.03, 10)):
         triggered = chain(osc.triggered_cooldown(schedule))
         planned = chain(osc.scale_by_learning_rate(osc.with_cooldown(schedule, 30, 18)))
-        ours, _ = train(triggered, jnp.zeros(5), 0, 30, trigger=(12, 18))
-        theirs, _ = train(planned, jnp.zeros(5), 0, 30)
+        ours, _ = train(triggered, 0, 30, trigger=(12, 18))
+        theirs, _ = train(planned, 0, 30)
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
@@ -166,16 +169,19 @@ def test_parameters_follow_the_planned_run(chain):
 
 
 def test_one_trace_across_the_trigger():
-    tx = CHAINS["adamw"](osc.triggered_cooldown(0.1))
+    tx = osc.triggered_cooldown(0.1)
     chex.clear_trace_counter()
     update = jax.jit(chex.assert_max_traces(tx.update, 1))
-    train(tx, jnp.zeros(5), 0, 10, update=update, trigger=(4, 3))
+    state = tx.init(GRAD)
+    for t in range(10):
+        state = osc.start_cooldown(state, 3) if t == 4 else state
+        _, state = update(GRAD, state, GRAD)
     assert update._cache_size() == 1
 
 
 def test_start_cooldown_keeps_structure_and_types():
     for tx in (osc.triggered_cooldown(0.1), osc.late_decay_adamw(0.1, 10)):
-        state = tx.init(jnp.zeros((2, 2)))
+        state = tx.init(np.zeros((2, 2), "f"))
         for length in (3, np.int64(3), np.int8(3), jnp.int32(3), np.uint32(3)):
             assert types(osc.start_cooldown(state, length)) == types(state)
 
@@ -201,20 +207,15 @@ def test_a_traced_length_below_one_starts_nothing(length):
 
 
 def test_state_and_parameters_may_be_donated_across_the_trigger():
-    tx = CHAINS["adamw"](osc.triggered_cooldown(0.1))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state):
-        updates, state = tx.update(jax.grad(quadratic_loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
+    tx = ADAMW
+    step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
     params = jnp.zeros(5)
     state = tx.init(params)
     for t in range(8):
         if t == 3:
             state = osc.start_cooldown(state, 4)
         params, state = step(params, state)
-    expected, _ = train(tx, jnp.zeros(5), 0, 8, trigger=(3, 4))
+    expected, _ = train(tx, 0, 8, trigger=(3, 4))
     np.testing.assert_allclose(params, expected, rtol=1e-6)
 
 
@@ -226,21 +227,23 @@ tx = osc.late_decay_adamw(0.1, None)
 params = jnp.zeros(5)
 with ocp.StandardCheckpointer() as checkpointer:
     params, state = checkpointer.restore(sys.argv[1], (params, tx.init(params)))
-update = jax.jit(tx.update)
 loss = lambda params: jnp.sum(jnp.arange(1.0, 6.0) * (params - 1) ** 2)
-for t in range(10, 20):
-    updates, state = update(jax.grad(loss)(params), state, params)
-    params = optax.apply_updates(params, updates)
+@jax.jit
+def step(params, state):
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+for _ in range(10):
+    params, state = step(params, state)
 np.save(sys.argv[2], np.asarray(params))
 """
 
 
 def test_a_triggered_run_continues_bit_for_bit_in_a_new_process(tmp_path):
     tx = osc.late_decay_adamw(0.1, None)
-    saved = train(tx, jnp.zeros(5), 0, 10, trigger=(7, 9))
+    saved = train(tx, 0, 10, trigger=(7, 9))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", saved)
-    expected, _ = train(tx, saved[0], 10, 20, saved[1])
+    expected, _ = train(tx, 10, 20, *saved)
     arguments = [str(tmp_path / "state"), str(tmp_path / "params.npy")]
     subprocess.run([sys.executable, "-c", CONTINUE, *arguments], check=True)
     assert_same_bits(np.load(tmp_path / "params.npy"), expected)
@@ -268,7 +271,7 @@ NESTINGS = {
 
 def loop(tx, steps, trigger, repeats=1):
     """The updates of a bias, with ``start_cooldown`` before update k."""
-    params = {"w": jnp.ones(3), "b": GRAD}
+    params = {"w": np.ones(3, "f"), "b": GRAD}
     state, applied = tx.init(params), []
     update = jax.jit(tx.update)
     for t in range(steps):
@@ -276,8 +279,8 @@ def loop(tx, steps, trigger, repeats=1):
             state = osc.start_cooldown(state, *trigger[1:])
         for _ in range(repeats):
             updates, state = update(params, state, params)
-        applied.append(-updates["b"])
-    return jnp.stack(applied)
+        applied.append(-np.asarray(updates["b"]))
+    return np.stack(applied)
 
 
 EXPECTED = np.float32(0.1) * np.float32([1, 1, 1, 0.75, 0.5, 0.25, 0, 0])
@@ -342,24 +345,22 @@ def net_loss(net):
     return (net.layer(jnp.ones((1, 2))) ** 2).sum()
 
 
-def nnx_run(trigger, tx=None):
+@nnx.jit
+def nnx_step(net, optimizer):
+    optimizer.update(net, nnx.grad(net_loss)(net))
+
+
+def nnx_run(trigger):
     """The rates of eight updates with ``trigger(optimizer)`` before the third."""
     net = Net()
-    optimizer = nnx.Optimizer(
-        net, tx or osc.triggered_cooldown(0.1, shape="linear"), wrt=nnx.Param
-    )
+    optimizer = nnx.Optimizer(net, MANUAL, wrt=nnx.Param)
     kinds = jax.tree.structure(optimizer.opt_state)
     rates = []
-
-    @nnx.jit
-    def step(net, optimizer):
-        optimizer.update(net, nnx.grad(net_loss)(net))
-
     for t in range(8):
         if t == 2:
             trigger(optimizer)
             assert jax.tree.structure(optimizer.opt_state) == kinds
-        step(net, optimizer)
+        nnx_step(net, optimizer)
         rates.append(osc.read_hyperparams(optimizer)["learning_rate"])
     return np.stack(rates)
 
@@ -397,22 +398,24 @@ def test_linen_train_state():
 def test_on_a_mesh():
     mesh = jax.make_mesh((8,), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    params = jax.device_put(jnp.arange(16.0), sharding)
+    alone = np.arange(16, dtype="f")
+    params = jax.device_put(alone, sharding)
     tx = optax.chain(optax.scale_by_adam(), osc.triggered_cooldown(0.1))
     update = jax.jit(tx.update)
-    state = tx.init(params)
-    for t in range(6):
-        if t == 2:
-            traced = update._cache_size()
-            state = osc.start_cooldown(state, 4)
-        updates, state = update(params, state, params)
-    assert update._cache_size() == traced
+
+    def final(params):
+        state = tx.init(params)
+        for t in range(6):
+            if t == 2:
+                traced = update._cache_size()
+                state = osc.start_cooldown(state, 4)
+            updates, state = update(params, state, params)
+        assert update._cache_size() == traced
+        return updates
+
+    updates = final(params)
     assert not updates.sharding.is_fully_replicated
-    alone = tx.init(jnp.arange(16.0))
-    for t in range(6):
-        alone = osc.start_cooldown(alone, 4) if t == 2 else alone
-        expected, alone = tx.update(jnp.arange(16.0), alone)
-    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    np.testing.assert_allclose(updates, final(alone), rtol=1e-6)
 
 
 # --- many cooldowns of one state -----------------------------------------------------
@@ -421,29 +424,26 @@ LENGTHS = [1, 2, 5, 30]
 
 
 def test_one_state_forks_into_cooldowns_of_several_lengths():
-    tx = CHAINS["adamw"](osc.triggered_cooldown(0.1))
-    params, state = train(tx, jnp.zeros(5), 0, 6)
-    forks = jax.vmap(lambda n: osc.start_cooldown(state, n))(jnp.asarray(LENGTHS))
+    tx = ADAMW
+    params, state = train(tx, 0, 6)
+    forks = jax.vmap(lambda n: osc.start_cooldown(state, n))(np.asarray(LENGTHS))
 
     @jax.jit
     @jax.vmap
     def cool(state):
-        def step(_, carry):
-            params, state = carry
-            updates, state = tx.update(jax.grad(quadratic_loss)(params), state, params)
-            return optax.apply_updates(params, updates), state
+        return jax.lax.fori_loop(
+            0, 9, lambda _, carry: train_step(tx, *carry), (params, state)
+        )[0]
 
-        return jax.lax.fori_loop(0, 9, step, (params, state))[0]
-
-    for n, forked in zip(LENGTHS, cool(forks), strict=True):
-        alone, _ = train(tx, params, 6, 15, state, trigger=(6, n))
+    for n, forked in zip(LENGTHS, np.asarray(cool(forks)), strict=True):
+        alone, _ = train(tx, 6, 15, params, state, trigger=(6, n))
         np.testing.assert_allclose(forked, alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [4, jnp.asarray(LENGTHS), np.asarray(LENGTHS)])
 def test_states_with_a_leading_axis(lengths):
-    tx = osc.triggered_cooldown(jnp.float32(0.1))
-    states = jax.vmap(tx.init)(jnp.ones(4))
+    tx = osc.triggered_cooldown(0.1)
+    states = jax.vmap(tx.init)(np.ones(4, "f"))
     started = osc.start_cooldown(states, lengths)
     assert types(started) == types(states)
     np.testing.assert_array_equal(
@@ -477,6 +477,7 @@ START = {"constant": 5, "constant-exact": 1, "falling": None, "late": 25}
 START |= {"never-finite": None, "falling-noise": None, "falling-below-zero": None}
 
 
+@functools.cache
 def plateau(steps, rtol=0.01, **options):
     return osc.triggered_cooldown(
         0.1,
@@ -493,15 +494,14 @@ def test_a_plateau_starts_the_cooldown_where_the_rule_says(name):
     losses, steps, rtol = LOSSES[name]
     start = reference.plateau_step(losses, steps, rtol)
     assert start == START.get(name, start)
-    triggered = run(plateau(steps, rtol), -1, 1, jnp.asarray(losses, jnp.float32))
-    manual = osc.triggered_cooldown(0.1, shape="linear")
-    expected = run(manual, -1 if start is None else start, 4)
+    triggered = run(plateau(steps, rtol), -1, 1, losses.astype(np.float32))
+    expected = run(MANUAL, -1 if start is None else start, 4)
     chex.assert_trees_all_equal(triggered, expected)
 
 
 def test_a_manual_start_wins_over_the_plateau():
-    applied = run(plateau(5), 2, 30, jnp.ones(STEPS))
-    expected = run(osc.triggered_cooldown(0.1, shape="linear"), 2, 30)
+    applied = run(plateau(5, 0.01), 2, 30, np.ones(STEPS, "f"))
+    expected = run(MANUAL, 2, 30)
     chex.assert_trees_all_equal(applied, expected)
 
 
@@ -510,10 +510,10 @@ def test_a_manual_start_wins_over_the_plateau():
 )
 def test_the_loss_reaches_a_plateau_at_any_nesting(nest):
     tx = nest(plateau(3))
-    params = {"w": jnp.ones(3), "b": GRAD}
-    state, rates = tx.init(params), []
+    params = {"w": np.ones(3, "f"), "b": GRAD}
+    state, rates, update = tx.init(params), [], jax.jit(tx.update)
     for _ in range(16):
-        _, state = jax.jit(tx.update)(params, state, params, value=jnp.ones(()))
+        _, state = update(params, state, params, value=GRAD)
         (rate,) = (v for k, v in osc.read_hyperparams(state).items() if "rate" in k)
         rates.append(float(rate))
     every = 2 if isinstance(tx, optax.MultiSteps) else 1
@@ -524,8 +524,13 @@ def test_the_loss_reaches_a_plateau_at_any_nesting(nest):
 def test_nnx_optimizer_passes_the_loss_on():
     net = Net()
     optimizer = nnx.Optimizer(net, plateau(2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(net, optimizer, value):
+        optimizer.update(net, nnx.grad(net_loss)(net), value=value)
+
     for _ in range(4):
-        optimizer.update(net, nnx.grad(net_loss)(net), value=jnp.ones(()))
+        step(net, optimizer, GRAD)
     assert osc.read_hyperparams(optimizer)["cooldown"] == 0.25
 
 

@@ -10,46 +10,41 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import reference
-from descriptors import TOTAL, make_grads, make_params
+from common import at, make_grads, make_params, types
 
 import optax_superconv as osc
 
+TOTAL = 20
 STEPS = TOTAL + 5
+START = jax.tree.map(np.asarray, make_params())
+GRADS = jax.tree.map(np.asarray, make_grads(STEPS))
 RECIPES = (osc.late_decay_sgd, osc.late_decay_adamw)
 both = pytest.mark.parametrize("recipe", RECIPES)
 
 
-def at(grads, t):
-    return jax.tree.map(lambda g: g[t], grads)
+@functools.partial(jax.jit, static_argnums=0)
+def step(tx, params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
 
 
 def train(tx, carry, begin, end, *, trigger=None):
     """Parameters and state after the steps; ``trigger`` is the pair (k, n)."""
-    (params, state), grads, update = carry, make_grads(STEPS), jax.jit(tx.update)
     for t in range(begin, end):
         if trigger and t == trigger[0]:
-            state = osc.start_cooldown(state, trigger[1])
-        updates, state = update(at(grads, t), state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
+            carry = carry[0], osc.start_cooldown(carry[1], trigger[1])
+        carry = step(tx, *carry, at(GRADS, t))
+    return carry
 
 
 def whole(tx, **options):
-    params = make_params()
-    return train(tx, (params, tx.init(params)), 0, STEPS, **options)
-
-
-def types(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), tree)
+    return train(tx, (START, tx.init(START)), 0, STEPS, **options)
 
 
 def assert_close_to(params, final):
     """``final(parameters, gradients)`` of float64 gives the last parameters."""
-    start, grads = make_params(), make_grads(STEPS)
     for name in params:
-        expected = final(
-            np.asarray(start[name], np.float64), np.asarray(grads[name], np.float64)
-        )[-1]
+        expected = final(START[name].astype(float), GRADS[name].astype(float))[-1]
         np.testing.assert_allclose(params[name], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -82,13 +77,17 @@ plans = pytest.mark.parametrize(
 )
 
 
+@functools.cache
+def built(recipe, total, **options):
+    return recipe(
+        0.1, total, weight_decay=0.1, weight_decay_mask=None, **DIALS, **options
+    )
+
+
 @plans
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_late_decay_sgd_is_its_formula(total, options, trigger, expected, nesterov):
-    tx = osc.late_decay_sgd(
-        0.1, total, momentum=0.8, nesterov=nesterov, weight_decay=0.1,
-        weight_decay_mask=None, **DIALS, **options,
-    )  # fmt: skip
+    tx = built(osc.late_decay_sgd, total, momentum=0.8, nesterov=nesterov, **options)
     params, state = whole(tx, trigger=trigger)
     assert_close_to(
         params,
@@ -104,10 +103,8 @@ def test_late_decay_sgd_is_its_formula(total, options, trigger, expected, nester
 @plans
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_late_decay_adamw_is_its_formula(total, options, trigger, expected, nesterov):
-    tx = osc.late_decay_adamw(
-        0.1, total, b1=0.8, b2=0.95, eps=1e-3, nesterov=nesterov, weight_decay=0.1,
-        weight_decay_mask=None, **DIALS, **options,
-    )  # fmt: skip
+    options = options | {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "nesterov": nesterov}
+    tx = built(osc.late_decay_adamw, total, **options)
     params, _ = whole(tx, trigger=trigger)
     assert_close_to(
         params,
@@ -136,12 +133,11 @@ def test_the_default_decay_steps_are_a_fifth():
 
 
 def test_the_accumulators_have_the_dtypes_that_are_asked_for():
-    params = make_params()
     for tx in (
         osc.late_decay_sgd(0.1, TOTAL, accumulator_dtype=jnp.bfloat16),
         osc.late_decay_adamw(0.1, None, mu_dtype=jnp.bfloat16),
     ):
-        leaves = jax.tree.leaves(tx.init(params))
+        leaves = jax.tree.leaves(jax.eval_shape(tx.init, START))
         assert {x.shape for x in leaves if x.dtype == jnp.bfloat16} == {(8, 4), (4,)}
 
 
@@ -156,11 +152,10 @@ AVERAGES = {
 @both
 @pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
 def test_planned_and_open_runs_have_one_state(recipe, average):
-    params = make_params()
     planned = recipe(0.1, TOTAL, warmup_steps=2, average=average)
-    assert types(planned.init(params)) == types(
-        recipe(0.1, None, average=average).init(params)
-    )
+    opened = recipe(0.1, None, average=average)
+    state, other = (jax.eval_shape(tx.init, START) for tx in (planned, opened))
+    assert types(state) == types(other)
 
 
 @both
@@ -170,16 +165,16 @@ def test_a_checkpoint_of_an_open_run_continues_in_a_planned_one(recipe, tmp_path
         recipe(0.1, total, warmup_steps=3, average=osc.ema_params(0.9))
         for total in (None, TOTAL)
     )
-    params = make_params()
+    expected, expected_state = whole(planned)
     for first, then, trigger in ((opened, planned, None), (planned, opened, (16, 4))):
-        saved = train(first, (params, first.init(params)), 0, 8)
+        saved = train(first, (START, first.init(START)), 0, 8)
         path = tmp_path / str(trigger)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, saved)
             checkpointer.wait_until_finished()
-            restored = checkpointer.restore(path, (params, then.init(params)))
+            restored = checkpointer.restore(path, (START, then.init(START)))
+        restored = jax.device_get(restored)
         continued, state = train(then, restored, 8, STEPS, trigger=trigger)
-        expected, expected_state = whole(planned)
         chex.assert_trees_all_close(continued, expected, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(
             osc.eval_params(state, continued),
@@ -195,12 +190,11 @@ def test_an_average_changes_no_update_and_is_of_the_parameters(recipe):
     params, state = whole(with_average)
     expected, _ = whole(recipe(0.1, TOTAL))
     chex.assert_trees_all_close(params, expected, rtol=1e-6)
-    history, start = [], make_params()
-    carry = start, with_average.init(start)
+    carry, total = (START, with_average.init(START)), jax.tree.map(np.zeros_like, START)
     for t in range(STEPS):
         carry = train(with_average, carry, t, t + 1)
-        history.append(carry[0])
-    mean = jax.tree.map(lambda *leaves: sum(leaves) / STEPS, *history)
+        total = jax.tree.map(np.add, total, carry[0])
+    mean = jax.tree.map(lambda x: x / STEPS, total)
     chex.assert_trees_all_close(
         osc.eval_params(state, params), mean, rtol=1e-5, atol=1e-6
     )
@@ -210,11 +204,10 @@ def test_an_average_changes_no_update_and_is_of_the_parameters(recipe):
 def test_the_peak_may_be_batched_or_traced(recipe):
     def final(peak, end):
         tx = recipe(peak, None, warmup_steps=3, end_learning_rate=end)
-        params = make_params()
-        state = osc.start_cooldown(tx.init(params), 5)
-        _, state = tx.update(params, state, params)
-        return tx.update(params, state, params)[0]["kernel"]
+        state = osc.start_cooldown(tx.init(START), 5)
+        _, state = tx.update(START, state, START)
+        return tx.update(START, state, START)[0]["kernel"]
 
     batched = jax.jit(jax.vmap(final))(jnp.array([0.1, 0.2]), jnp.array([0.0, 0.01]))
-    single = final(0.2, 0.01)
+    single = jax.jit(lambda: final(0.2, 0.01))()
     np.testing.assert_allclose(batched[1], single, rtol=1e-5, atol=1e-8)
