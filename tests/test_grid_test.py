@@ -42,11 +42,9 @@ def train_step(state, hyperparams, batch):
 
 
 def start():
-    keys = jax.random.split(jax.random.key(0), 2)
-    params = {
-        "in": 0.5 * jax.random.normal(keys[0], (3, 4)),
-        "out": 0.5 * jax.random.normal(keys[1], (4, 2)),
-    }
+    rng = np.random.default_rng(1)
+    shapes = {"in": (3, 4), "out": (4, 2)}
+    params = {k: jnp.float32(0.5 * rng.normal(size=s)) for k, s in shapes.items()}
     return params, optimizer(0.1, 0.9).init(params)
 
 
@@ -66,23 +64,15 @@ def alone_in(mode, weight_decay, momentum):
     return alone(rates, weight_decay, momentum)
 
 
+alone_step = jax.jit(train_step)
+
+
 def alone(rates, weight_decay, momentum):
     """The losses of one combination, by a plain loop."""
-    tx = optimizer(weight_decay, momentum)
-
-    @jax.jit
-    def step(params, opt_state, rate, batch):
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (
-            optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)),
-            opt_state,
-            loss,
-        )
-
-    (params, opt_state), losses = start(), []
+    hyperparams = {"weight_decay": weight_decay, "momentum": momentum}
+    state, losses = start(), []
     for rate, batch in zip(rates, itertools.cycle(make_batches())):
-        params, opt_state, loss = step(params, opt_state, rate, batch)
+        state, loss = alone_step(state, hyperparams | {"learning_rate": rate}, batch)
         losses.append(float(loss))
     return losses
 
@@ -557,17 +547,13 @@ def test_auto_runs_what_cannot_be_traced():
 
 def replay(curves, **options):
     """A grid test that sees these curves, (members, num_steps)."""
-    table = jnp.asarray(curves, jnp.float32)
-
-    def step_fn(step, hyperparams, batch):
-        return step + 1, table[hyperparams["k"].astype(int), step]
-
     return osc.grid_test(
-        step_fn,
-        jnp.int32(0),
-        [None],
+        lambda state, hyperparams, losses: (state, losses[int(hyperparams["k"])]),
+        0,
+        list(np.float32(curves).T),
         grid={"k": np.arange(len(curves))},
         num_steps=len(curves[0]),
+        vectorize=False,
         **options,
     )
 
