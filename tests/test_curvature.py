@@ -157,6 +157,7 @@ def test_a_network_against_its_dense_hessian():
     np.testing.assert_allclose(value, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_network_in_bfloat16():
     expected = osc.sharpness(network_loss, *network()).value
     result = osc.sharpness(network_loss, *network(jnp.bfloat16))

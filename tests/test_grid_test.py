@@ -169,7 +169,7 @@ def test_python_numbers_in_state_and_batch_are_traced_once_too(vectorize):
 def test_learning_rate_may_be_an_axis_of_constant_runs(vectorize):
     rates = [0.01, 0.1, 0.3]
     result = osc.grid_test(
-        train_step,
+        alone_step,
         start(),
         make_batches(),
         grid={"learning_rate": rates, "weight_decay": [0.01], "momentum": [0.5]},
@@ -449,6 +449,7 @@ def test_members_live_where_they_are_sent(vectorize):
     assert seen == {(d, d, d) for d in devices}
 
 
+@pytest.mark.slow
 def test_two_devices_in_a_process_of_its_own():
     code = """
 import jax, jax.numpy as jnp, numpy as np

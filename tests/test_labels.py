@@ -65,9 +65,9 @@ class Net(nnx.Module):
 
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.embed = nnx.Linear(2, 3, rngs=rngs)
-        self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
-        self.head = nnx.Linear(3, 1, use_bias=False, rngs=rngs)
+        self.embed = nnx.Linear(2, 2, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs)])
+        self.head = nnx.Linear(2, 2, use_bias=False, rngs=rngs)
 
     def __call__(self, x):  # noqa: D102
         x = self.embed(x)
@@ -101,7 +101,7 @@ class EquinoxNet(eqx.Module):
 
 def equinox_net():
     key = jax.random.key(0)
-    net = EquinoxNet(eqx.nn.Linear(2, 3, key=key), [eqx.nn.Linear(3, 1, key=key)], LEAF)
+    net = EquinoxNet(eqx.nn.Linear(2, 2, key=key), [eqx.nn.Linear(2, 2, key=key)], LEAF)
     return eqx.filter(net, eqx.is_array)
 
 
@@ -113,7 +113,7 @@ class Pair(NamedTuple):
 
 
 def linen_params():
-    return LinenNet().init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+    return jax.jit(LinenNet().init)(jax.random.key(0), jnp.ones((1, 2)))["params"]
 
 
 NNX_PATHS = {
@@ -259,7 +259,7 @@ def test_partition_sees_the_labels_of_boxed_linen_parameters():
 
 def test_haiku_networks_have_paths_of_modules_and_names():
     network = hk.transform(lambda x: hk.nets.MLP([3, 2])(x))
-    params = network.init(jax.random.key(0), jnp.ones((1, 4)))
+    params = jax.eval_shape(network.init, jax.random.key(0), jnp.ones((1, 4)))
     label = osc.label_by_path([("mlp/~/linear_1/.*", "head"), (".*", "body")])
     assert label(params) == {
         "mlp/~/linear_0": {"w": "body", "b": "body"},

@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 import matplotlib
 import numpy as np
 import optax
@@ -19,21 +20,23 @@ def close_figures():
     plt.close("all")
 
 
+cycle = jax.jit(osc.onecycle_schedule(1.0, 50))
+
+
 def make_result(losses):
     rates = np.geomspace(1e-6, 10, 100, dtype=np.float32)[: len(losses)]
     return osc.RangeTestResult(rates, losses, losses, False)
 
 
 def test_draws_a_schedule_over_all_steps():
-    schedule = osc.onecycle_schedule(1.0, 50)
-    (line,) = osc.plotting.plot_schedule(schedule, 50).get_lines()
+    (line,) = osc.plotting.plot_schedule(cycle, 50).get_lines()
     np.testing.assert_array_equal(line.get_xdata(), np.arange(51))
-    np.testing.assert_allclose(line.get_ydata(), schedule(np.arange(51)), rtol=1e-6)
+    np.testing.assert_allclose(line.get_ydata(), cycle(np.arange(51)), rtol=1e-6)
 
 
 def test_draws_in_the_axes_it_is_given():
     _, ax = plt.subplots()
-    assert osc.plotting.plot_schedule(osc.onecycle_schedule(1.0, 50), 50, ax) is ax
+    assert osc.plotting.plot_schedule(cycle, 50, ax) is ax
     result = make_result(2 - np.linspace(0, 1, 100))
     assert osc.plotting.plot_range_test(result, ax) is ax
 
@@ -47,9 +50,7 @@ def test_draws_optax_schedules_and_long_runs():
 
 def test_each_schedule_of_a_mapping_has_its_own_axis():
     names = ("rate", "momentum", "decay")
-    axes = osc.plotting.plot_schedule(
-        {name: osc.onecycle_schedule(1.0, 10) for name in names}, 10
-    ).figure.axes
+    axes = osc.plotting.plot_schedule(dict.fromkeys(names, cycle), 50).figure.axes
     assert [ax.get_ylabel() for ax in axes] == list(names)
     assert axes[2].spines["right"].get_position() == ("axes", 1.15)
     figure = axes[0].figure
