@@ -131,6 +131,13 @@ def test_a_catapult_is_not_divergence(start):
     assert run(losses, smoothing=0.0, patience=10).diverged
 
 
+def test_two_catapults_do_not_add_up():
+    losses = 2.3 - np.linspace(0, 1, 100)
+    losses[20:26] += 100.0
+    losses[60:66] += 100.0  # 12 steps too high, never more than 6 in a row.
+    assert not run(losses, smoothing=0.0, patience=10).diverged
+
+
 def test_looks_at_the_losses_at_least_every_sixteen_steps():
     for bad in range(1, 40):
         calls = itertools.count()
