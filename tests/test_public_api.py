@@ -130,10 +130,9 @@ def test_at_most_three_arguments_are_positional(function):
     assert positional <= (4 if function in four else 3)
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "flax", "rich", "sklearn"])
-def test_importing_the_package_imports_no_extra(module):
-    code = f"import optax_superconv, sys; sys.exit({module!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    # The check itself can fail:
-    code = f"import {module}, sys; sys.exit({module!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 1
+def test_importing_the_package_imports_no_extra():
+    code = "import optax_superconv, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    imported = set(run.stdout.split())
+    assert "optax" in imported  # So an import would show.
+    assert not imported & {"matplotlib", "flax", "rich", "sklearn"}

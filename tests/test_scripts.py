@@ -37,7 +37,11 @@ def test_smoke(path, tmp_path, monkeypatch):
     assert time.perf_counter() - begin < 60
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [DOCUMENTS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in DOCUMENTS[1:])],
+    ids=lambda path: path.stem,
+)
 def test_code_in_documents_runs(path):
     """The blocks of a document are one script."""
     matplotlib.use("Agg")
