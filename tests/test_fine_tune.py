@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from common import assert_same_bits, at, make_grads, make_params, scan
+from common import assert_same_bits, at, make_grads, make_params, nothing, scan
 from flax import nnx
 
 import optax_superconv as osc
@@ -42,7 +42,7 @@ def run(start=START, grads=GRADS, **options):
 @jax.jit
 def cycle(peak, start, grads, **options):
     tx = osc.onecycle_adamw(peak, TOTAL, warmup_steps=WARMUP, **options)
-    return scan(tx, start, grads)[0]
+    return scan(tx, start, grads, read=nothing)[0]
 
 
 def multiplier(name, decay=DECAY, least=0.0):
@@ -159,7 +159,9 @@ def test_the_head_keeps_its_moments_at_the_thaw():
     alone = osc.fine_tune_adamw(
         PEAK, TOTAL, {"head": 2}, freeze_steps=FREEZE, warmup_steps=WARMUP
     )
-    expected, _ = scan(alone, {"head": START["head"]}, {"head": GRADS["head"]})
+    expected, _ = scan(
+        alone, {"head": START["head"]}, {"head": GRADS["head"]}, read=nothing
+    )
     chex.assert_trees_all_close(history["head"], expected["head"], rtol=1e-5)
 
 
@@ -175,10 +177,10 @@ def test_every_option_is_passed_on(freeze_steps):
         "weight_decay_mask": lambda p: jax.tree.map(lambda x: x.ndim == 1, p),
     }  # fmt: skip
     tx = recipe(decay=1.0, freeze_steps=freeze_steps, **options)
-    ours = jax.device_get(scan(tx, START, GRADS)[0]["stem"])
+    ours = jax.device_get(scan(tx, START, GRADS, read=nothing)[0]["stem"])
     left, after = TOTAL - freeze_steps, slice(freeze_steps, None)
     alone = osc.onecycle_adamw(PEAK, left, warmup_steps=WARMUP, **options)
-    theirs, _ = scan(alone, START["stem"], at(GRADS["stem"], after))
+    theirs, _ = scan(alone, START["stem"], at(GRADS["stem"], after), read=nothing)
     chex.assert_trees_all_close(at(ours, after), theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -213,7 +215,7 @@ def test_schedules_of_the_other_dials_follow_the_run():
 
 def test_values_may_be_traced():
     traced, _ = run()
-    constant, _ = scan(recipe(), START, GRADS)
+    constant, _ = scan(recipe(), START, GRADS, read=nothing)
     chex.assert_trees_all_close(traced, constant, rtol=1e-4, atol=1e-6)
 
 

@@ -10,7 +10,16 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import assert_same_bits, at, make_grads, make_params, scan, train, types
+from common import (
+    assert_same_bits,
+    at,
+    make_grads,
+    make_params,
+    nothing,
+    scan,
+    train,
+    types,
+)
 from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
@@ -108,7 +117,9 @@ CHAINS = {
 )
 def test_frozen_leaves_keep_their_bits_for_a_hundred_steps(make, dtype):
     start, grads = jax.tree.map(lambda x: x.astype(dtype), (START, GRADS))
-    params, _ = jax.device_get(scan(make({0: None, 1: 100, 2: 0}), start, grads))
+    params, _ = jax.device_get(
+        scan(make({0: None, 1: 100, 2: 0}), start, grads, read=nothing)
+    )
     assert_same_bits(at(params["body"], 100), start["body"])
     assert_same_bits(at(params["neck"], 99), start["neck"])
     assert all_moved(at(params["head"], 99), start["head"])
@@ -135,7 +146,7 @@ def test_the_first_update_is_at_the_count_of_the_thaw_step():
     thaws = {0: 0, 1: 1, 2: 4, 3: None}
     tx = osc.gradual_unfreezing(optax.sgd(1.0), thaws, [0, 1, 2, 3])
     zero, one = np.zeros((), np.float32), np.ones(6, np.float32)
-    params, _ = scan(tx, [zero] * 4, [one] * 4)
+    params, _ = scan(tx, [zero] * 4, [one] * 4, read=nothing)
     for leaf, thaw in zip(params, (0, 1, 4, 6), strict=True):
         expected = -np.maximum(np.arange(6) + 1 - thaw, 0)
         np.testing.assert_array_equal(leaf, expected, err_msg=f"thaw at {thaw}")
@@ -179,7 +190,7 @@ def test_groups_that_thaw_together_share_a_state():
     inner = optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.9))
     tx = osc.gradual_unfreezing(inner, {0: 2, 1: 2, 2: 0}, by_path)
     zeros = jax.tree.map(np.zeros_like, START)
-    params, _ = scan(tx, zeros, at(GRADS, slice(3)))
+    params, _ = scan(tx, zeros, at(GRADS, slice(3)), read=nothing)
     grads = at(GRADS, 2)
     together = [
         np.asarray(x, float) for name in ("body", "neck") for x in only(grads, name)
@@ -540,7 +551,7 @@ def test_haiku_shaped_parameters_thaw():
              for name in (body, head)}  # fmt: skip
     tx = osc.gradual_unfreezing(optax.adamw(0.1), {0: 2, 1: 0}, osc.label_by_depth())
     grads = jax.tree.map(lambda p: np.stack([p] * 3), start)
-    params, _ = jax.device_get(scan(tx, start, grads))
+    params, _ = jax.device_get(scan(tx, start, grads, read=nothing))
     assert_same_bits(at(params[body], 1), start[body])
     assert all_moved(at(params[body], 2), start[body])
     assert all_moved(at(params[head], 0), start[head])
