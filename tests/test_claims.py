@@ -1,6 +1,5 @@
 """What the README claims, measured again: minutes, on an otherwise idle machine."""
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -8,9 +7,15 @@ import time
 
 import numpy as np
 import pytest
-from test_schedules import SHAPES, check_onecycles
+from common import evaluate
+from test_schedules import SHAPES, check_onecycle, make_onecycle
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import harness  # noqa: E402
+import overhead  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 
@@ -23,21 +28,31 @@ def test_an_example_takes_at_most_three_minutes(name, tmp_path):
     assert time.perf_counter() - begin < 180
 
 
+def lower_quartile(arms, rounds, base, name):
+    """Of the ratios; noise alone moves their median by some per cent."""
+    return harness.ratios(harness.interleave(arms, rounds), base)[name][0]
+
+
 @pytest.mark.timed
-def test_the_dials_cost_at_most_a_tenth_and_the_range_test_a_twentieth(tmp_path):
-    script = ROOT / "benchmarks" / "overhead.py"
-    subprocess.run([sys.executable, script, "--out", tmp_path], check=True)
-    step = json.loads((tmp_path / "overhead_step.json").read_text())["evidence"]
-    # The lower quartile: noise alone moves the median of a ratio by some per cent.
-    assert step["ratios"]["onecycle_adamw"][0] <= 1.10
-    assert step["extra_bytes"]["onecycle_adamw"] <= 4096
-    test = json.loads((tmp_path / "overhead_range_test.json").read_text())["evidence"]
-    assert test["ratios"]["range_test"][0] <= 1.05
+def test_the_dials_cost_at_most_a_tenth():
+    params, optimizers = overhead.make_params(48, 64), overhead.make_optimizers()
+    pair = {name: optimizers[name] for name in ("optax.adamw", "onecycle_adamw")}
+    arms = {name: overhead.update_arm(tx, params, 10) for name, tx in pair.items()}
+    assert lower_quartile(arms, 100, *pair) <= 1.10
+    plain, ours = (overhead.state_bytes(tx, params) for tx in pair.values())
+    assert ours - plain <= 4096
+
+
+@pytest.mark.timed
+def test_a_range_test_costs_at_most_a_twentieth():
+    arms = overhead.range_test_arms(100)
+    assert lower_quartile(arms, 50, "bare", "range_test") <= 1.05
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_onecycle_with_every_warmup_of_a_hundred_steps(shape):
+    counts = np.arange(103)
     for warmup in range(100):
-        annihilations = {k for k in (0, 1, 50, 100 - warmup) if warmup + k <= 100}
-        lengths = [(100, warmup, annihilation) for annihilation in annihilations]
-        check_onecycles(lengths, shape, np.arange(103))
+        for annihilation in {k for k in (0, 1, 50, 100 - warmup) if warmup + k <= 100}:
+            values = evaluate(make_onecycle(100, warmup, annihilation, shape), counts)
+            check_onecycle(values, 100, warmup, annihilation, counts)
