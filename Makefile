@@ -26,8 +26,8 @@ types: .venv/dev.stamp
 
 check: lint types test-all
 
-# What the README quotes, on an otherwise idle machine; minutes, and for the quality of
-# suggestions, transfer and late decay hours: make bench-quality DATA=path/to/cifar10
+# These measure what the README quotes. Run them on an otherwise idle machine. `bench`
+# takes minutes, `bench-quality` hours: make bench-quality DATA=path/to/cifar10
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
 	$(BIN)/python benchmarks/groups.py --out benchmarks/results
@@ -44,7 +44,7 @@ bench-quality: .venv/dev.stamp
 	    $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/harness.py
 
-# The oldest versions that pyproject.toml admits.
+# The oldest JAX, Optax and Flax that pyproject.toml admits.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[test]' \
@@ -54,7 +54,8 @@ test-oldest:
 # JAX's newest release needs a newer Python: make test-newest PYTHON=python3.13
 test-newest:
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[test]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade \
+	    --upgrade-strategy eager --editable '.[test]'
 	.venv-newest/bin/pytest
 
 .venv/bin/python:

@@ -1,7 +1,8 @@
 """When is an argument bad, and what does the message say?
 
-Arguments are checked where an object is built, and only if they are concrete. A traced
-value is data, and nothing may raise under ``jit``. Every message names the argument,
+Arguments are checked where an object is built. A traced value has no number yet. So its
+range is not checked, and ``jit`` and ``vmap`` work. A traced value raises only where a
+Python number is needed, for instance as a duration. Every message names the argument,
 the rule and the value.
 """
 
@@ -27,7 +28,10 @@ def require(holds: bool | np.bool_, name: str, rule: str, value: Any) -> None:
 
 
 def steps(name: str, value: Any, *, at_least: int = 0, below: str = "") -> int:
-    """Returns ``value`` as a Python int of at least ``at_least`` steps."""
+    """Returns ``value`` as a Python int of at least ``at_least`` steps.
+
+    ``below`` only completes the message. The caller checks that limit.
+    """
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError

@@ -301,7 +301,7 @@ def stability_limit(
 
     Args:
       sharpness: The largest curvature, a number or an array, or the result of
-        :func:`sharpness`.
+        :func:`sharpness`. It may be 0 or less. The limit is then infinite.
       optimizer: One of the four in the table.
       momentum: Momentum in [0, 1); for ``"adam"`` it is ``b1``. ``"gd"`` does not use
         it.

@@ -388,9 +388,9 @@ def label_by_depth(
         does, such as ``r"stages/(\d+)"``. None is the first number.
       stem: A regular expression or several, for what else is nearest the input. An
         expression that matches a whole path, or a whole beginning of it
-        (``"backbone/conv1"``), goes before every name and number.
+        (``"backbone/conv1"``), goes before every name and number. ``()`` adds nothing.
       head: A regular expression or several, for what else is above the blocks. They
-        match like those of ``stem``.
+        match like those of ``stem``. ``()`` adds nothing.
       final_norm: Where a norm outside the blocks belongs: ``"last_block"`` as in timm,
         or ``"head"`` as in the code of BEiT and MAE.
 

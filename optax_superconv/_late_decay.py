@@ -1,14 +1,16 @@
 r"""When should the rate fall? Late, and from the value that it has then.
 
-A run can hold a large rate and decay it only at the end. It finds as good a minimum as
-a run that decays all along. It does not need to know its own length beforehand, and it
-can be cooled down from any of its checkpoints. :func:`with_cooldown` ends any schedule
-this way,
+A run can hold a large rate and decay it only at the end. Its minimum is as good as that
+of a run that decays from the start (Hägele et al., 2024). Its length need not be known
+beforehand, and a cooldown can start from any of its checkpoints. :func:`with_cooldown`
+ends any schedule this way,
 
 .. math:: v(t) = E + (v_b - E)\, g\big((T - t)/C\big), \qquad b = T - C \le t \le T,
 
-where :math:`v_b` is its value at step b, at which the cooldown of C steps begins.
-:func:`warmup_stable_decay_schedule` is a warm-up and a constant with such an end.
+where :math:`T` is ``total_steps``, :math:`C` is ``cooldown_steps``, :math:`E` is
+``end_value`` and :math:`g` is the shape. :math:`v_b` is the schedule's value at step b,
+where the cooldown begins. :func:`warmup_stable_decay_schedule` is a warm-up and a
+constant with such an end.
 """
 
 from __future__ import annotations
@@ -54,10 +56,10 @@ def warmup_stable_decay_schedule(
       \end{cases}
 
     with peak :math:`M`, warm-up :math:`W`, decay :math:`D`, total :math:`T`, initial
-    value :math:`\eta_0`, end :math:`E` and shape :math:`g`. With the default
-    ``init_value`` of 0 the first update changes nothing.
+    value :math:`\eta_0`, end :math:`E` and shape :math:`g`. If there are warm-up steps,
+    the default ``init_value`` of 0 means that the first update changes no parameter.
 
-    Differs from the known implementations:
+    It differs from other implementations:
 
     1. ``end_value`` belongs to step T, one step after the last update, and it also
        holds after step T. transformers, timm and levanter have it at step T too.
@@ -81,7 +83,8 @@ def warmup_stable_decay_schedule(
         the run starts at the peak.
       end_value: Rate from step ``total_steps`` on, at least 0 and at most the peak.
       shape: Shape of the decay; see :class:`Phase`. ``"exponential"`` needs
-        ``peak_value`` and ``end_value`` above 0. The default ``end_value`` is 0.
+        ``peak_value`` and ``end_value`` above 0, so it needs an ``end_value``, whose
+        default is 0.
 
     Returns:
       A schedule ``count -> value``; see :func:`phase_schedule`.
@@ -152,8 +155,8 @@ def with_cooldown(
       end_value: Value from step ``total_steps`` on, a finite number or an array of
         them. It may be above the schedule, for a momentum that rises.
       shape: Shape of the cooldown; see :class:`Phase`. ``"exponential"`` needs
-        a schedule that is above 0 at step T - C, and an ``end_value`` above 0. The
-        default ``end_value`` is 0.
+        a schedule that is above 0 at step T - C, and an ``end_value`` above 0, whose
+        default is 0.
 
     Returns:
       A schedule that broadcasts over counts and values; see :func:`phase_schedule`.

@@ -1,4 +1,4 @@
-r"""Which momentum at which step?
+r"""How does a momentum that changes act on the updates?
 
 Momentum is a running sum of gradients (``trace``) or a running mean (Adam's first
 moment). A sum works with a schedule as it is. A mean has a bias that must be removed.
@@ -13,7 +13,7 @@ and is divided by it. This is exact for any schedule. For a constant, :math:`w_t
 :math:`1 - \beta^t`.
 
 Accumulators of bfloat16 or float16 parameters are float32 unless a dtype is given. In
-bfloat16 a mean with :math:`\beta = 0.999` stops at a quarter of its goal.
+bfloat16 a mean with :math:`\beta = 0.999` stops at a quarter of its final value.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def scheduled_trace(
     Args:
       decay: Momentum in [0, 1), or a schedule ``count -> momentum``.
       nesterov: Whether to use Nesterov momentum, in the form of Optax and PyTorch.
-      accumulator_dtype: Dtype of the sum. None is the dtype of the parameters, but at
-        least float32.
+      accumulator_dtype: Dtype of the sum, a floating-point type. None is the dtype of
+        the parameters, but at least float32.
 
     Returns:
       The transformation; :func:`read_hyperparams` reads ``momentum``.
@@ -170,8 +170,9 @@ def scale_by_scheduled_adam(
       b1: Decay of the first moment in [0, 1), or a schedule ``count -> b1``.
       b2: Decay of the second moment in [0, 1), or a schedule ``count -> b2``.
       eps: Number that is added to the root of the second moment, at least 0.
-      mu_dtype: Dtype of the first moment. None is the dtype of the parameters, but at
-        least float32. In bfloat16 the moment itself is rounded, by up to some per cent.
+      mu_dtype: Dtype of the first moment, a floating-point type. None is the dtype of
+        the parameters, but at least float32. In bfloat16 the moment itself is rounded,
+        by up to a few per cent.
       nesterov: Whether to use Nesterov momentum, with the b1 of the next step.
 
     Returns:

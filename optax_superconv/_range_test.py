@@ -142,7 +142,7 @@ def range_test(
         copy: ``model.eval()`` would last. None takes no held-out loss.
       smoothing: Decay of the running average, in [0, 1). The average is bias-corrected,
         so a constant loss smooths to itself from the first step.
-      divergence_factor: How far the average may rise, above 1.
+      divergence_factor: The factor in the rule above, above 1.
       patience: Steps the average may stay that high, at least 1.
       progress: Whether to show a progress bar (needs rich); a scan shows none.
 

@@ -336,7 +336,7 @@ def fine_tune_adamw(
         transformers use 0.65 to 0.9.
       min_multiplier: The smallest multiplier :math:`m_{\min}`, in [0, 1].
       freeze_steps: Steps for which the last group trains alone, at least 0 and below
-        ``total_steps``.
+        ``total_steps``. 0 trains every group from the start.
       warmup_steps: Steps from the thaw to the peak, at least 0 and less than the steps
         after the thaw. None is ``round(0.3 * (total_steps - freeze_steps))``.
       init_learning_rate: Rate at step 0 and at the thaw, at least 0 and at most the

@@ -1,7 +1,7 @@
 r"""Which value at which step?
 
 :func:`phase_schedule` answers. It joins phases, and each phase moves from the value
-before it to its own ``end_value``,
+before it, :math:`S`, to its own ``end_value``, :math:`E`,
 
 .. math:: v(t) = E + (S - E)\, g(r), \qquad r = \text{remaining steps} / \text{steps},
 
@@ -198,9 +198,10 @@ def phase_schedule(
 
     Args:
       init_value: Value at step 0, a finite number or an array of them.
-      phases: The phases in order, as :class:`Phase` or plain tuples. Together they have
-        at most 2**31 - 1 steps. A phase of 0 steps is a jump: at the step where it
-        begins, the schedule is already at its ``end_value``.
+      phases: The phases in order, as :class:`Phase` or plain tuples. Without phases the
+        schedule is constant. Together they have at most 2**31 - 1 steps. A phase of 0
+        steps is a jump: at the step where it begins, the schedule is already at its
+        ``end_value``.
 
     Returns:
       A schedule ``count -> value``. It broadcasts over counts and values. It holds
@@ -324,7 +325,7 @@ def onecycle_schedule(
     the rate is back at its initial value at step T - A. From there it falls to the end,
     as in the paper.
 
-    Differs from the known implementations:
+    It differs from other implementations:
 
     1. The run is steps 0 to T - 1, and ``end_value`` belongs to step T. So every step
        trains. ``end_value`` also holds after step T. PyTorch reaches its end at step
@@ -343,11 +344,12 @@ def onecycle_schedule(
         the run starts at the peak. None is ``peak_value / 25``.
       end_value: Rate from step ``total_steps`` on, at least 0 and at most the peak.
         With ``annihilation_steps`` it is at most ``init_value``.
-      annihilation_steps: Steps of the final fall from the initial value, at least 0.
-        Warm-up and annihilation together are at most ``total_steps``. If they fill the
-        run, the final fall starts at the peak.
+      annihilation_steps: Steps of the final fall from the initial value, at least 0. 0
+        means that the rate falls from the peak to ``end_value`` in one phase. Warm-up
+        and annihilation together are at most ``total_steps``. If they fill the run, the
+        final fall starts at the peak.
       shape: Shape of every phase; see :class:`Phase`. ``"exponential"`` needs all three
-        values above 0. The default ``end_value`` is 0.
+        values above 0, so it needs an ``end_value``, whose default is 0.
 
     Returns:
       A schedule ``count -> value``; see :func:`phase_schedule`.
@@ -402,8 +404,8 @@ def onecycle_momentum_schedule(
 
     is the mirror image of the rate :math:`\eta_t` of :func:`onecycle_schedule` with
     ``end_value`` = ``init_value``. (With the geometric ``"exponential"`` shape it is
-    not.) This cycle does as well as the best constant momentum, and it needs no search
-    for it (Smith 2018, table 1).
+    not.) In Smith's experiments (2018, table 1) this cycle does as well as the best
+    constant momentum, and its two bounds need no search.
 
     Args:
       total_steps: Steps of the whole run, at least 1.
@@ -413,9 +415,10 @@ def onecycle_momentum_schedule(
         Without warm-up steps the run starts at ``base_momentum``.
       base_momentum: The lowest momentum, in [0, 1) and at most ``max_momentum``. The
         momentum at step ``warmup_steps`` is exactly this.
-      annihilation_steps: Steps at the end with the maximal momentum, at least 0.
-        Warm-up and annihilation together are at most ``total_steps``. If they fill the
-        run, the momentum rises during the annihilation.
+      annihilation_steps: Steps at the end with the maximal momentum, at least 0. 0
+        means that the momentum reaches its maximum at step ``total_steps``. Warm-up and
+        annihilation together are at most ``total_steps``. If they fill the run, the
+        momentum rises during the annihilation.
       shape: Shape of every phase; see :class:`Phase`. ``"exponential"`` needs both
         momenta above 0.
 
@@ -458,10 +461,10 @@ def cyclical_schedule(
 
     .. math:: v(t) = b + (M - b)\, x_t\, k_t
 
-    where :math:`x_t` rises from 0 to 1 in ``steps_up`` steps and falls back to 0 in
-    ``steps_down`` steps. The factor :math:`k_t` of the amplitude depends on ``mode``.
-    The paper's text lets both bounds of ``"exp_range"`` decline. Here only the
-    amplitude declines, as in the popular code of the method and in PyTorch.
+    where :math:`b` is ``base_value`` and :math:`M` is ``peak_value``. :math:`x_t` rises
+    from 0 to 1 in ``steps_up`` steps and falls back to 0 in ``steps_down`` steps. The
+    factor :math:`k_t` of the amplitude depends on ``mode``. In the paper's text, both
+    bounds of ``"exp_range"`` decline. Here only the amplitude declines, as in PyTorch.
 
     Args:
       base_value: Value at the ends of each cycle, at least 0. It may be above
@@ -472,8 +475,8 @@ def cyclical_schedule(
       steps_down: Steps from peak to base, at least 1. None is ``steps_up``.
       mode: ``"triangular"``: :math:`k_t` is 1. ``"triangular2"``: it is :math:`2^{-c}`
         in cycle c = 0, 1, ... ``"exp_range"``: it is :math:`\gamma^t`.
-      gamma: Factor :math:`\gamma` per step in mode ``"exp_range"``, in (0, 1]. Other
-        modes do not use it.
+      gamma: Factor :math:`\gamma` per step in mode ``"exp_range"``, in (0, 1]. The
+        default of 1 keeps the amplitude constant. Other modes do not use it.
 
     Returns:
       A schedule that broadcasts over counts and values; see :func:`phase_schedule`.

@@ -218,7 +218,7 @@ def suggest_learning_rate(
       than a rate to train at.
 
     Args:
-      result: Result of :func:`range_test`, or a sequence of such results. The
+      result: Result of :func:`range_test`, or a sequence of at least one. The
         suggestion is then the median of theirs. What follows a loss that is not finite
         is ignored. Held-out losses are read if the test took them.
       method: One of the five above.

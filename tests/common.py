@@ -44,9 +44,9 @@ def train(tx, params, grads, state=None, *, update=None):
 
 
 def scan_steps(tx, params, grads, state=None, *, read=lambda state: state):
-    """The same without a loop: parameters after each step, and what ``read`` gives.
+    """The same in one ``scan``: parameters after each step, and ``read(state)``.
 
-    Both are stacked. Programs that read less of the state compile in half of the time.
+    Both are stacked. A program that reads less compiles in half of the time.
     """
 
     def step(carry, g):
@@ -67,7 +67,7 @@ scan = functools.partial(jax.jit, static_argnums=0, static_argnames="read")(scan
 
 
 def evaluate(schedule, counts):
-    """A schedule's values in NumPy; at 1024 counts, so that its programs are shared."""
+    """Values in NumPy; of at least 1024 counts, so that all share their programs."""
     padded = np.resize(counts, max(1024, len(counts)))
     return np.asarray(schedule(jax.numpy.asarray(padded)))[: len(counts)]
 

@@ -5,8 +5,9 @@ import pathlib
 import jax
 import pytest
 
+# The tests of sharding need eight devices.
 jax.config.update("jax_num_cpu_devices", 8)
-# What one test, worker or run has compiled, the others load.
+# Each test, worker and run loads the programs that another one has compiled.
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
 )

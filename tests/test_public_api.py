@@ -14,7 +14,7 @@ import optax_superconv as osc
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "optax_superconv"
 
-# Imports point down this list; modules on one line do not know each other.
+# Imports point down this list. Modules of one set do not import each other.
 LAYERS = [
     {"__init__"},
     {"plotting"},
@@ -101,7 +101,8 @@ def test_docstrings_are_complete(function):
             assert re.search("None|see :func:", entries[name]), f"what None is: {name}"
 
 
-# Beside the name of an argument, these state a rule that belongs in `Args:`.
+# In a clause that also names an argument, these words state a rule. It belongs in
+# `Args:`.
 RULE = (
     r"negative|positive|above|below|outside|at least|at most|(less|fewer) than|finite"
     r"|numbers?|unknown|empty|wrong|bad|rules?|out of range"

@@ -22,7 +22,7 @@ SOURCES = [
 ]
 IGNORE = re.compile(r"# pyright: ignore\[report\w+(, report\w+)*\]  # \w.*")
 
-# A user has to tell mypy to read Optax's annotations, for Optax has no py.typed.
+# A user has to tell mypy to read Optax's annotations, because Optax has no py.typed.
 MYPY = """
 [mypy]
 strict = true
