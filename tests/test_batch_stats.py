@@ -367,18 +367,6 @@ def test_linen_returns_the_container_it_was_given(linen_dense, container):
 
 
 def test_dtypes_stay():
-    model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
-    model.mean, model.var = (
-        nnx.BatchStat(v[...].astype(jnp.bfloat16)) for v in (model.mean, model.var)
-    )
-    params = nnx.state(model, nnx.Param)
-    stats = jax.eval_shape(
-        lambda p: recalibrate_batch_stats(model, p, inputs()), params
-    )
-    assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_dtypes_stay_in_linen():
     stats = {name: np.ones(WIDTH, jnp.bfloat16) for name in ("mean", "var")}
     variables = {"params": VARIABLES["params"], "batch_stats": stats}
     recalibrate = lambda v: recalibrate_batch_stats(LINEN, v, inputs())  # noqa: E731
