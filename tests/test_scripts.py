@@ -61,3 +61,11 @@ def test_readme_opens_with_what_a_new_user_needs():
     assert len([line for line in example.splitlines() if "osc" in line]) <= 3
     (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert (ROOT / picture).stat().st_size > 10_000
+
+
+def test_contributing_names_tests_that_exist():
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", table)
+    assert len(named) >= 15
+    for module, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / f"{module}.py").read_text(), name
