@@ -255,6 +255,7 @@ def test_rounding_at_random_is_right_in_the_mean(dtype, x64):
 THIRDS = {"a": np.full(64, 1 / 3, np.float32), "b": np.full(64, 1 / 3, np.float32)}
 
 
+@pytest.mark.slow
 def test_rounding_at_random_is_the_same_at_every_run():
     assert_same_bits(rounded(THIRDS, seed=1), rounded(THIRDS, seed=1))
     one, two = (rounded(THIRDS, seed)[0]["a"] for seed in (1, 2))

@@ -214,6 +214,7 @@ def test_every_pass_makes_one_more_norm_exact(dense):
         assert [error < 1e-5 for error in errors] == [k < passes for k in range(3)]
 
 
+@pytest.mark.slow
 def test_passes_stay_bounded_in_a_deep_network():
     # Feeding all statistics of one pass into the next would reach 1e15 on the way.
     class Deep(nnx.Module):
@@ -428,7 +429,9 @@ def test_under_jit(dense):
 @pytest.mark.parametrize(
     "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("axis_name", [None, "data"])
+@pytest.mark.parametrize(
+    "axis_name", [pytest.param(None, marks=pytest.mark.slow), "data"]
+)
 def test_sharded(axis_name, kind):
     model = _Dense(nnx.Rngs(0), axis_name=axis_name)
     params = perturbed(nnx.state(model, nnx.Param))
@@ -560,6 +563,7 @@ def block_weights(params):
     return list(zip(kernel, bias, scale, offset, strict=True))
 
 
+@pytest.mark.slow
 def test_scanned_nnx_layers():
     model = nnx.jit(lambda: _Scanned(nnx.Rngs(0)))()
     params = perturbed(nnx.state(model, nnx.Param))
@@ -569,6 +573,7 @@ def test_scanned_nnx_layers():
     assert_close(found, dense_reference(weights, np.concatenate(inputs())))
 
 
+@pytest.mark.slow
 def test_scanned_linen_layers():
     class Layer(nn.Module):
         @nn.compact

@@ -139,6 +139,7 @@ def network(dtype=jnp.float32):
     return params, x, jnp.asarray(rng.integers(4, size=64))
 
 
+@pytest.mark.slow
 def test_a_network_against_its_dense_hessian():
     params, *batch = network()
     theta, unravel = jax.flatten_util.ravel_pytree(params)
@@ -235,6 +236,7 @@ def linear_data():
     return x, 2 * top(x.T @ x / 20)
 
 
+@pytest.mark.slow
 def test_flax_models():
     x, expected = linear_data()
     model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))

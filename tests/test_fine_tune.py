@@ -235,6 +235,7 @@ class Net(nnx.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_works_in_nnx_optimizer_with_labels_by_depth():
     net = Net()
     start = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(net, nnx.Param)))

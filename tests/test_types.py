@@ -56,9 +56,8 @@ def installed(tmp_path):
     return folder / "bin" / "python"
 
 
-@pytest.mark.parametrize(
-    "checker", ["pyright", pytest.param("mypy", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checker", ["pyright", "mypy"])
 def test_users_see_types(checker, installed, tmp_path):
     shutil.copy(CONSUMER, tmp_path / "consumer.py")
     (tmp_path / "mistakes.py").write_text(MISTAKES)
