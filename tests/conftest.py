@@ -17,8 +17,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_finish():
-    # Imports are no garbage, and tracing makes many objects that are soon freed: a
-    # sixth of the time would be spent on looking for more.
+    # Imports are no garbage, and most objects that tracing makes are freed at once. The
+    # default thresholds would look for garbage far too often.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
