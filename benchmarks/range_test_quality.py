@@ -28,7 +28,7 @@ import optax
 import tasks
 
 import optax_superconv as osc
-from optax_superconv._suggestions import Method
+from optax_superconv.finders._suggestions import Method
 
 NUM_SEEDS = 5
 MOMENTUM, B2 = 0.9, 0.99

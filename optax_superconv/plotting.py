@@ -14,17 +14,18 @@ import jax
 import numpy as np
 import optax
 
-from optax_superconv import _checks, _runs
-from optax_superconv._grid_test import GridTestResult
-from optax_superconv._range_test import RangeTestResult
-from optax_superconv._suggestions import (
+from optax_superconv import _checks
+from optax_superconv.finders import _runs
+from optax_superconv.finders._grid_test import GridTestResult
+from optax_superconv.finders._range_test import RangeTestResult
+from optax_superconv.finders._suggestions import (
     Method,
     as_results,
     smooth_curve,
     suggest_interval,
     suggest_learning_rate,
 )
-from optax_superconv._threshold import ThresholdResult
+from optax_superconv.finders._threshold import ThresholdResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

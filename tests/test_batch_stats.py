@@ -13,7 +13,7 @@ from flax import nnx
 from flax.core import FrozenDict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_superconv._batch_stats import recalibrate_batch_stats
+from optax_superconv.transforms._batch_stats import recalibrate_batch_stats
 
 SIZES = (7, 1, 7, 1)  # A program for each size.
 WIDTH = 4

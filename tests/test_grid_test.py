@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import optax_superconv as osc
-from optax_superconv import _grid_test, _runs
+from optax_superconv.finders import _grid_test, _runs
 
 DECAYS, MOMENTA = [0.0, 1e-4, 1e-3, 1e-2], [0.0, 0.5, 0.9]
 GRID = {"weight_decay": DECAYS, "momentum": MOMENTA}

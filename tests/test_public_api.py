@@ -1,6 +1,7 @@
 """The public names: which there are, how they are documented, what they import."""
 
 import ast
+import graphlib
 import inspect
 import pathlib
 import re
@@ -14,22 +15,18 @@ import optax_superconv as osc
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "optax_superconv"
 
-# Imports point down this list. Modules of one set do not import each other.
-LAYERS = [
+# Imports point down this list of rooms. Those of one line do not import each other.
+ROOMS = [
     {"__init__"},
     {"plotting"},
-    {"_recipes"},
-    {"_grid_test", "_threshold"},
-    {"_suggestions"},
-    {
-        *("_momentum", "_groups", "_unfreezing", "_range_test", "_curvature"),
-        *("_refined", "_cooldown", "_averaging", "_batch_stats"),
-    },
-    {"_hyperparams", "_labels", "_runs"},
-    {"_late_decay"},
-    {"_schedules"},
+    {"finders"},
+    {"recipes"},
+    {"transforms"},
+    {"schedules", "_dials"},
+    {"_trees", "_numerics"},
     {"_checks"},
 ]
+MODULES = sorted(PACKAGE.rglob("*.py"))
 FUNCTIONS = [
     getattr(osc, name) for name in osc.__all__ if inspect.isfunction(getattr(osc, name))
 ] + [getattr(osc.plotting, name) for name in osc.plotting.__all__]
@@ -67,15 +64,40 @@ def test_changelog_names_every_public_name():
         assert f"`{name}" in changelog or name == "RangeTestResult"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def module_of(path):
+    """The dotted name of a module inside of the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
 def test_imports_point_down(path):
-    level = next(k for k, layer in enumerate(LAYERS) if path.stem in layer)
-    below = set().union(*LAYERS[level + 1 :])
+    own = module_of(path).partition(".")[0]
+    level = next(k for k, rooms in enumerate(ROOMS) if own in rooms)
+    allowed = {own}.union(*ROOMS[level + 1 :])
     for name in imports_of(path):
         parts = name.split(".")
         assert "_src" not in parts
         if parts[0] == "optax_superconv":
-            assert parts[1] in below, f"{path.stem} imports {parts[1]}"
+            assert parts[1] in allowed, f"{module_of(path)} imports {name}"
+
+
+def test_no_two_modules_import_each_other():
+    modules = {module_of(path): path for path in MODULES}
+    prefix = "optax_superconv."
+    graph = {
+        module: {
+            other
+            for name in imports_of(path)
+            for other in (
+                name.removeprefix(prefix),
+                name[len(prefix) :].rpartition(".")[0],
+            )
+            if name.startswith(prefix) and other in modules
+        }
+        for module, path in modules.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # Raises where there is a cycle.
 
 
 def section(doc, title):

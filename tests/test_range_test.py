@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_superconv as osc
-from optax_superconv import _range_test
+from optax_superconv.finders import _range_test
 
 
 def echo(state, learning_rate, loss):

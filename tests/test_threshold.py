@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import optax_superconv as osc
-from optax_superconv import _runs
+from optax_superconv.finders import _runs
 
 # On a parabola of curvature L an optimizer is stable up to this over L: 2 for gradient
 # descent, 2 + 2b with a trace, (2 + 2b) / (1 + 2b) with Nesterov's, and

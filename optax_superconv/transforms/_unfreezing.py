@@ -18,13 +18,13 @@ import numpy as np
 import optax
 
 from optax_superconv import _checks
-from optax_superconv._hyperparams import (
+from optax_superconv._dials import (
     AppliedHyperparams,
     AppliedMultipliers,
     GroupState,
     increment,
 )
-from optax_superconv._labels import (
+from optax_superconv.transforms._labels import (
     LabelFn,
     Labels,
     check_labels,

@@ -21,7 +21,7 @@ from jax.tree_util import KeyPath, keystr, tree_map_with_path
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._hyperparams import (
+from optax_superconv._dials import (
     AppliedHyperparams,
     array_of,
     find_states,
@@ -30,7 +30,7 @@ from optax_superconv._hyperparams import (
     states_in,
     value_at,
 )
-from optax_superconv._schedules import Shape, check_positive, check_shape, move
+from optax_superconv.schedules._phases import Shape, check_positive, check_shape, move
 
 _NEVER = _checks.MAX_STEPS
 

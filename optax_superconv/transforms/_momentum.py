@@ -26,7 +26,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._hyperparams import (
+from optax_superconv._dials import (
     AppliedHyperparams,
     increment,
     narrow,

@@ -23,8 +23,8 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._hyperparams import increment, widen
-from optax_superconv._schedules import as_count, float_dtype
+from optax_superconv._dials import increment, widen
+from optax_superconv.schedules._phases import as_count, float_dtype
 
 _POWERS = {"adam": -1.0, "sgd": -2.0}
 _SAMPLES = 10_000  # Of the paper's smoothing, at least.

@@ -25,7 +25,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._hyperparams import (
+from optax_superconv._dials import (
     array_of,
     find_states,
     increment,
@@ -33,7 +33,7 @@ from optax_superconv._hyperparams import (
     value_at,
     wide_dtype,
 )
-from optax_superconv._labels import is_box, is_hole, listed, map_with_paths
+from optax_superconv.transforms._labels import is_box, is_hole, listed, map_with_paths
 
 
 class AverageState(NamedTuple):

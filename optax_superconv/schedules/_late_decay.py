@@ -23,7 +23,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._schedules import (
+from optax_superconv.schedules._phases import (
     Phase,
     Shape,
     as_count,

@@ -22,7 +22,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from optax_superconv import _checks, _runs
+from optax_superconv import _checks
+from optax_superconv.finders import _runs
 
 # What a norm has seen so far: how many elements of each feature, and their moments.
 _TOTALS = ("observed_count", "observed_mean", "observed_var")

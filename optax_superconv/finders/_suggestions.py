@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from optax_superconv import _checks, _runs
-from optax_superconv._range_test import RangeTestResult
+from optax_superconv import _checks
+from optax_superconv.finders import _runs
+from optax_superconv.finders._range_test import RangeTestResult
 
 Method = Literal["knee", "valley", "steepest", "minimum", "divergence"]
 

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from optax_superconv import _checks, _runs
-from optax_superconv._range_test import RangeTestResult, range_test
-from optax_superconv._suggestions import smooth_curve
+from optax_superconv import _checks
+from optax_superconv.finders import _runs
+from optax_superconv.finders._range_test import RangeTestResult, range_test
+from optax_superconv.finders._suggestions import smooth_curve
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")

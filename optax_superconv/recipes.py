@@ -14,21 +14,13 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._cooldown import triggered_cooldown
-from optax_superconv._groups import layerwise_multipliers, scale_by_group
-from optax_superconv._hyperparams import (
+from optax_superconv._dials import (
     add_decayed_weights,
     scale_by_learning_rate,
     value_at,
 )
-from optax_superconv._labels import (
-    LabelFn,
-    Labels,
-    map_with_paths,
-)
-from optax_superconv._late_decay import warmup_stable_decay_schedule
-from optax_superconv._momentum import scale_by_scheduled_adam, scheduled_trace
-from optax_superconv._schedules import (
+from optax_superconv.schedules._late_decay import warmup_stable_decay_schedule
+from optax_superconv.schedules._phases import (
     Phase,
     Shape,
     check_cycle,
@@ -37,7 +29,18 @@ from optax_superconv._schedules import (
     onecycle_schedule,
     phase_schedule,
 )
-from optax_superconv._unfreezing import unfreezing
+from optax_superconv.transforms._cooldown import triggered_cooldown
+from optax_superconv.transforms._groups import layerwise_multipliers, scale_by_group
+from optax_superconv.transforms._labels import (
+    LabelFn,
+    Labels,
+    map_with_paths,
+)
+from optax_superconv.transforms._momentum import (
+    scale_by_scheduled_adam,
+    scheduled_trace,
+)
+from optax_superconv.transforms._unfreezing import unfreezing
 
 
 def _is_matrix(params: optax.Params) -> Any:

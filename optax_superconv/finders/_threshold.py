@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from optax_superconv import _checks, _runs
+from optax_superconv import _checks
+from optax_superconv.finders import _runs
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_superconv import _checks, _runs
+from optax_superconv import _checks
+from optax_superconv.finders import _runs
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")

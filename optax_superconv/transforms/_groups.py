@@ -23,7 +23,7 @@ from jax.tree_util import all_leaves
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._hyperparams import (
+from optax_superconv._dials import (
     AppliedMultipliers,
     increment,
     narrow,
@@ -31,7 +31,7 @@ from optax_superconv._hyperparams import (
     value_at,
     widen,
 )
-from optax_superconv._labels import (
+from optax_superconv.transforms._labels import (
     LabelFn,
     Labels,
     check_labels,

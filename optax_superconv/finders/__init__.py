@@ -1,0 +1,1 @@
+"""Which peak, and how high may a rate be at all?"""

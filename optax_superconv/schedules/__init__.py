@@ -1,0 +1,1 @@
+"""Which value at which step?"""

@@ -1,0 +1,1 @@
+"""Which links does a chain have?"""
