@@ -5,7 +5,8 @@ any training step. Start with :func:`onecycle_adamw` and :func:`range_test`.
 """
 
 from optax_superconv import plotting
-from optax_superconv._dials import read_hyperparams, scale_by_learning_rate
+from optax_superconv._dials import read_hyperparams
+from optax_superconv._late_recipes import late_decay_adamw, late_decay_sgd
 from optax_superconv.finders._curvature import (
     SharpnessResult,
     hessian_free_rate,
@@ -14,48 +15,40 @@ from optax_superconv.finders._curvature import (
 )
 from optax_superconv.finders._grid_test import GridTestResult, grid_test
 from optax_superconv.finders._range_test import RangeTestResult, range_test
-from optax_superconv.finders._suggestions import suggest_interval, suggest_learning_rate
+from optax_superconv.finders._suggestions import (
+    suggest_interval,
+    suggest_learning_rate,
+)
 from optax_superconv.finders._threshold import ThresholdResult, convergence_threshold
-from optax_superconv.recipes import (
-    fine_tune_adamw,
-    late_decay_adamw,
-    late_decay_sgd,
-    onecycle_adamw,
-    onecycle_sgd,
+from optax_superconv.recipes import fine_tune_adamw, onecycle_adamw, onecycle_sgd
+from optax_superconv.schedules._cycles import (
+    cyclical_schedule,
+    onecycle_momentum_schedule,
+    onecycle_schedule,
 )
 from optax_superconv.schedules._late_decay import (
     warmup_stable_decay_schedule,
     with_cooldown,
 )
-from optax_superconv.schedules._phases import (
-    Phase,
-    cyclical_schedule,
-    onecycle_momentum_schedule,
-    onecycle_schedule,
-    phase_schedule,
-)
-from optax_superconv.schedules._refined import record_gradient_norms, refined_schedule
-from optax_superconv.transforms._averages import (
-    average_params,
-    ema_params,
-    eval_params,
-    lawa_params,
-    polynomial_weights,
-    swa_params,
-)
+from optax_superconv.schedules._phases import Phase, phase_schedule
+from optax_superconv.schedules._refined import refined_schedule
+from optax_superconv.transforms._averages import average_params, ema_params, swa_params
 from optax_superconv.transforms._batch_stats import recalibrate_batch_stats
 from optax_superconv.transforms._cooldown import start_cooldown, triggered_cooldown
-from optax_superconv.transforms._groups import (
-    describe_groups,
-    geometric_multipliers,
-    layerwise_multipliers,
-    scale_by_group,
-)
+from optax_superconv.transforms._eval_params import eval_params
+from optax_superconv.transforms._gradient_norms import record_gradient_norms
+from optax_superconv.transforms._groups import describe_groups, scale_by_group
 from optax_superconv.transforms._labels import label_by_depth, label_by_path
+from optax_superconv.transforms._learning_rate import scale_by_learning_rate
 from optax_superconv.transforms._momentum import (
     scale_by_scheduled_adam,
     scheduled_trace,
 )
+from optax_superconv.transforms._multipliers import (
+    geometric_multipliers,
+    layerwise_multipliers,
+)
+from optax_superconv.transforms._snapshots import lawa_params
 from optax_superconv.transforms._unfreezing import frozen_labels, gradual_unfreezing
 
 __version__ = "0.1.0"
@@ -90,7 +83,6 @@ __all__ = [
     "onecycle_sgd",
     "phase_schedule",
     "plotting",
-    "polynomial_weights",
     "range_test",
     "read_hyperparams",
     "recalibrate_batch_stats",

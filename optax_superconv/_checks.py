@@ -27,10 +27,24 @@ def require(holds: bool | np.bool_, name: str, rule: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be {rule}, got {value}.")
 
 
-def steps(name: str, value: Any, *, at_least: int = 0, below: str = "") -> int:
+def listed(items: Iterable[Any], most: int = 8) -> str:
+    """For a message: the first few, and how many more."""
+    items = list(items)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(repr(item) for item in items[:most]) + more
+
+
+def steps(
+    name: str,
+    value: Any,
+    *,
+    at_least: int = 0,
+    below: tuple[str, int] | None = None,
+    at_most: tuple[str, int] | None = None,
+) -> int:
     """Returns ``value`` as a Python int of at least ``at_least`` steps.
 
-    ``below`` only completes the message. The caller checks that limit.
+    Another argument, given by its name and its value, may be the upper limit.
     """
     try:
         if isinstance(value, bool | np.bool_):
@@ -50,9 +64,14 @@ def steps(name: str, value: Any, *, at_least: int = 0, below: str = "") -> int:
             f"{'a traced value' if traced else repr(value)} of type "
             f"{type(value).__name__}.{advice}"
         ) from None
-    rule = f"at least {at_least}" + (f" and {below}" if below else "")
-    require(whole >= at_least, name, rule, whole)
-    require(whole <= MAX_STEPS, name, f"at most {MAX_STEPS} (int32 counts)", whole)
+    rule, most = f"at least {at_least}", MAX_STEPS
+    if below is not None:
+        rule, most = f"{rule} and less than `{below[0]}` ({below[1]})", below[1] - 1
+    if at_most is not None:
+        rule, most = f"{rule} and at most `{at_most[0]}` ({at_most[1]})", at_most[1]
+    if whole > MAX_STEPS:
+        rule, most = f"at most {MAX_STEPS} (int32 counts)", MAX_STEPS
+    require(at_least <= whole <= most, name, rule, whole)
     return whole
 
 

@@ -8,29 +8,20 @@ the parameters, and one call finds all records in any optimizer state.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.typing import ArrayLike
 
-from optax_superconv import _checks
+from optax_superconv._trees import array_of, path_of
 
 
 class AppliedHyperparams(NamedTuple):
     """The record: what the last update applied, before the first what it will apply."""
 
     values: dict[str, jax.Array]  # (), float32 each
-
-
-class ScheduledState(NamedTuple):
-    """State of a transformation that has a single hyperparameter and no memory."""
-
-    count: jax.Array  # (), int32
-    applied: AppliedHyperparams
 
 
 class AppliedMultipliers(NamedTuple):
@@ -51,140 +42,6 @@ class GroupState(NamedTuple):
 def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
     """The value of a constant or a schedule at ``count``, in float32."""
     return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
-
-
-def increment(count: jax.Array) -> jax.Array:
-    """The next count, which stays at the last int32."""
-    # Optax annotates the result as loosely as the argument.
-    return cast(jax.Array, optax.safe_increment(count))
-
-
-def wide_dtype(leaf: ArrayLike) -> np.dtype:
-    """The leaf's dtype, and at least float32."""
-    dtype = jnp.asarray(leaf).dtype
-    wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
-    return dtype if wide else np.dtype(jnp.float32)
-
-
-def widen(leaf: ArrayLike) -> jax.Array:
-    """The leaf in 32 bits or more, so that float32 hyperparameters keep their value."""
-    return jnp.asarray(leaf).astype(wide_dtype(leaf))
-
-
-def narrow(wide: jax.Array, leaf: ArrayLike) -> jax.Array:
-    """A result in the dtype of the leaf that it came from, if that is a float."""
-    dtype = jnp.asarray(leaf).dtype
-    return wide.astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else wide
-
-
-def times(value: jax.Array, wide: jax.Array) -> jax.Array:
-    """A hyperparameter times a widened leaf, in the leaf's dtype."""
-    return value.astype(wide.dtype) * wide
-
-
-def scale(factor: jax.Array, updates: optax.Updates) -> optax.Updates:
-    """A float32 factor times each update, which keep their dtypes."""
-    return jax.tree.map(lambda g: narrow(times(factor, widen(g)), g), updates)
-
-
-def scheduled_transform(
-    name: str,
-    value: optax.ScalarOrSchedule,
-    apply: Callable[[jax.Array, optax.Updates, optax.Params | None], optax.Updates],
-) -> optax.GradientTransformationExtraArgs:
-    """Applies a recorded constant or schedule: ``apply(value, updates, params)``."""
-
-    def init_fn(params: optax.Params) -> ScheduledState:
-        del params
-        count = jnp.zeros([], jnp.int32)
-        return ScheduledState(count, AppliedHyperparams({name: value_at(value, count)}))
-
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScheduledState]:
-        state = cast(ScheduledState, state)
-        del extra_args
-        applied = value_at(value, state.count)
-        return apply(applied, updates, params), ScheduledState(
-            increment(state.count), AppliedHyperparams({name: applied})
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def scale_by_learning_rate(
-    learning_rate: optax.ScalarOrSchedule, *, flip_sign: bool = True
-) -> optax.GradientTransformationExtraArgs:
-    """Scales updates by the (negated) learning rate, and records the rate it applied.
-
-    It has the name and the contract of Optax's function, for the end of any chain. Put
-    it in the place of that one, and :func:`read_hyperparams` reads the rate. Differs
-    from ``optax.scale_by_learning_rate``:
-
-    1. The state is the same for a constant and for a schedule, so that a checkpoint of
-       one loads into the other.
-    2. The rate is float32 for every dtype of the updates, which keep theirs.
-
-    Args:
-      learning_rate: A finite number, or a schedule ``count -> rate``.
-      flip_sign: Whether to multiply by minus the rate, as descent needs.
-
-    Returns:
-      The transformation. Its record is the rate itself, never negated.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import optax_superconv as osc
-      >>> schedule = lambda count: 0.1 / (count + 1)
-      >>> tx = optax.chain(
-      ...     optax.scale_by_lion(), osc.scale_by_learning_rate(schedule))
-      >>> params = jnp.ones(3)
-      >>> state = tx.init(params)
-      >>> for _ in range(2):
-      ...     updates, state = tx.update(params, state, params)
-      >>> print(float(osc.read_hyperparams(state)["learning_rate"]))
-      0.05000000074505806
-    """
-    _checks.number_or_schedule("learning_rate", learning_rate)
-
-    def apply(
-        rate: jax.Array, updates: optax.Updates, params: optax.Params | None
-    ) -> optax.Updates:
-        del params
-        return scale(-rate if flip_sign else rate, updates)
-
-    return scheduled_transform("learning_rate", learning_rate, apply)
-
-
-def add_decayed_weights(
-    weight_decay: optax.ScalarOrSchedule, mask: Any
-) -> optax.GradientTransformationExtraArgs:
-    """``optax.add_decayed_weights`` that records the decay and keeps one structure."""
-    _checks.number_or_schedule(
-        "weight_decay", weight_decay, "finite and at least 0", _checks.non_negative
-    )
-
-    def apply(
-        decay: jax.Array, updates: optax.Updates, params: optax.Params | None
-    ) -> optax.Updates:
-        if not callable(weight_decay) and _checks.is_zero(weight_decay):
-            return updates  # Reads no parameters, so none need to be given.
-        if params is None:
-            raise ValueError(
-                "`params` must be given to `update` to decay weights, got None."
-            )
-
-        def decayed(g: ArrayLike, p: ArrayLike) -> jax.Array:
-            return narrow(widen(g) + times(decay, widen(p)), g)
-
-        return jax.tree.map(decayed, updates, params)
-
-    transform = scheduled_transform("weight_decay", weight_decay, apply)
-    return transform if mask is None else optax.masked(transform, mask)
 
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
@@ -289,22 +146,12 @@ def _freeze(
     return entries, waiting
 
 
-def array_of(value: Any) -> jax.Array:
-    """The array; a Flax NNX optimizer holds its state in Variables, pytrees of one."""
-    (leaf,) = jax.tree.leaves(value)
-    return jnp.asarray(leaf)
-
-
 def find_states(opt_state: Any, *kinds: type) -> dict[str, Any]:
     """The states of these kinds at any nesting, by their path."""
     found = jax.tree_util.tree_leaves_with_path(
         opt_state, is_leaf=lambda node: isinstance(node, kinds)
     )
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): node
-        for path, node in found
-        if isinstance(node, kinds)
-    }
+    return {path_of(path): node for path, node in found if isinstance(node, kinds)}
 
 
 def states_in(opt_state: Any) -> str:

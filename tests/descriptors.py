@@ -456,8 +456,8 @@ TRANSFORMS = [
         for factory, arguments, static in (
             (
                 osc.average_params,
-                {"weight": 0.5, "accumulator_dtype": "bfloat16", "rounding_seed": 0},
-                "rounding_seed",
+                {"weight": 0.5, "accumulator_dtype": "bfloat16"},
+                "accumulator_dtype",
             ),
             (osc.ema_params, {"decay": 0.9, "start_step": 3}, "name"),
             (osc.lawa_params, {"window": 3, "every": 2}, "window"),

@@ -435,21 +435,6 @@ def spectra(n, rng):
 # --- cooldowns and averages ----------------------------------------------------------
 
 
-def plateau_step(losses, steps, rtol):
-    """The step at which the smoothed loss has not fallen for ``steps``, or None."""
-    mean = weight = 0.0
-    best, best_step = math.inf, 0
-    for count, loss in enumerate(losses):
-        if np.isfinite(loss):
-            weight += (1 - weight) / steps
-            mean += (loss - mean) / steps / weight
-            if best == math.inf or mean < best - rtol * abs(best):
-                best, best_step = mean, count
-        if best < math.inf and count - best_step >= steps:
-            return count
-    return None
-
-
 def average(samples, gains):
     """The exponential average as a sum over samples, over the sum of its weights.
 

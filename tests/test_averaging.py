@@ -116,10 +116,10 @@ AVERAGES = {
         2,
         2,
     ),
-    "polynomial-0": (osc.average_params(osc.polynomial_weights(0)), last(STEPS), 0, 1),
+    "polynomial-0": (osc.average_params(power=0), last(STEPS), 0, 1),
     **{
         f"polynomial-{p}": (
-            osc.average_params(osc.polynomial_weights(p), every=2),
+            osc.average_params(power=p, every=2),
             polynomial(p),
             0,
             2,
@@ -225,56 +225,6 @@ def test_a_bfloat16_average_stalls_at_a_quarter():
     np.testing.assert_allclose(average, 0.25, atol=0.02)
 
 
-def test_a_bfloat16_average_that_rounds_at_random_does_not_stall():
-    average, _ = towards_one(accumulator_dtype=jnp.bfloat16, rounding_seed=0)
-    np.testing.assert_allclose(average, 1, atol=0.02)
-
-
-def rounded(params, seed=0):
-    """Two averages of what does not move, in bfloat16: at counts 0 and 1."""
-    tx = osc.average_params(1.0, accumulator_dtype=jnp.bfloat16, rounding_seed=seed)
-    zeros, state = jax.tree.map(np.zeros_like, params), tx.init(params)
-    update = jax.jit(tx.update)
-    first = update(zeros, state, params)[1]
-    second = update(zeros, first, params)[1]
-    return [jax.device_get(s.averages["average"]) for s in (first, second)]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_rounding_at_random_is_right_in_the_mean(dtype, x64):
-    params = np.repeat(RNG.uniform(-2, 2, size=4), 100_000).astype(dtype)
-    average = rounded(params)[0].astype(float).reshape(4, -1)
-    expected = params.astype(float).reshape(4, -1)[:, 0]
-    # Neighbours are 2**-8 apart, relative; the mean's error is 1 / 600 of that.
-    np.testing.assert_allclose(average.mean(1), expected, rtol=5e-5)
-    for row, value in zip(average, expected, strict=True):
-        assert len(np.unique(row)) == (1 if dtype == "bfloat16" else 2)
-        assert np.abs(row - value).max() < abs(value) * 2**-7
-
-
-THIRDS = {"a": np.full(64, 1 / 3, np.float32), "b": np.full(64, 1 / 3, np.float32)}
-
-
-@pytest.mark.slow
-def test_rounding_at_random_is_the_same_at_every_run():
-    assert_same_bits(rounded(THIRDS, seed=1), rounded(THIRDS, seed=1))
-    one, two = (rounded(THIRDS, seed)[0]["a"] for seed in (1, 2))
-    assert (one != two).any()
-
-
-def test_leaves_and_steps_are_rounded_apart():
-    first, second = rounded(THIRDS)
-    assert (first["a"] != first["b"]).any()
-    assert (first["a"] != second["a"]).any()
-
-
-def test_rounding_at_random_keeps_what_is_not_finite():
-    """Infinities, and NaNs that the random bits would carry over to a number."""
-    words = np.array([0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
-    params = np.repeat(words, 1000).view(np.float32)
-    np.testing.assert_array_equal(rounded(params)[0].astype(np.float32), params)
-
-
 @pytest.mark.parametrize(
     ("dtype", "accumulator"),
     [
@@ -341,10 +291,7 @@ NESTINGS = {
         SGD, optax.masked(tx, {"kernel": True, "bias": {"b": True}})
     ),
     "partition": lambda tx: optax.chain(
-        SGD, optax.partition({0: tx, 1: tx}, {"kernel": 0, "bias": 1})
-    ),
-    "partition-of-chains": lambda tx: optax.partition(
-        {0: optax.chain(SGD, tx), 1: optax.chain(SGD, tx)}, {"kernel": 0, "bias": 1}
+        optax.partition({0: SGD, 1: SGD}, {"kernel": 0, "bias": 1}), tx
     ),
 }
 AVERAGING = {"swa": osc.swa_params(0), "lawa": osc.lawa_params(5)}
@@ -612,6 +559,8 @@ def test_a_checkpoint_continues_bit_for_bit(tx, tmp_path):
 STATE = optax.chain(SGD, osc.ema_params(0.9)).init(PARAMS)
 TWO = optax.chain(osc.ema_params(0.9), osc.swa_params(0)).init(PARAMS)
 SAME = optax.chain(osc.ema_params(0.9), osc.ema_params(0.99)).init(PARAMS)
+PARTS = {0: osc.ema_params(0.9), 1: osc.ema_params(0.9)}
+PARTITION = optax.partition(PARTS, {"kernel": 0, "bias": 1}).init(PARAMS)
 BAD = {
     "no-average": (
         SGD.init(PARAMS), PARAMS, {},
@@ -628,8 +577,16 @@ BAD = {
     ),
     "same-name": (
         SAME, PARAMS, {},
-        "`opt_state` must be one with a single average 'ema' of 'bias/b' (give them "
-        "names, or pass a part of the state), got several, at '0' and '1'",
+        "`opt_state` must be one with a single average 'ema' (give each a name, put it "
+        "last in the chain and outside of `optax.partition`, or pass a part of the "
+        "state), got several, at '0', '1'",
+    ),
+    "partition": (
+        PARTITION, PARAMS, {},
+        "`opt_state` must be one with a single average 'ema' (give each a name, put it "
+        "last in the chain and outside of `optax.partition`, or pass a part of the "
+        "state), got several, at 'inner_states/0/inner_state', "
+        "'inner_states/1/inner_state'",
     ),
     "missing": (
         STATE, {"kernel": PARAMS["kernel"]}, {},

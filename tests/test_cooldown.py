@@ -27,19 +27,17 @@ GRAD = np.ones((), np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(tx, k, n, losses=None, state=None):
+def run(tx, k, n, state=None):
     """What each of STEPS updates applied, with ``start_cooldown`` before update k."""
 
-    def step(state, inputs):
-        t, options = inputs
+    def step(state, t):
         started = osc.start_cooldown(state, n)
         state = jax.tree.map(lambda a, b: jnp.where(t == k, a, b), started, state)
-        updates, state = tx.update(GRAD, state, **options)
+        updates, state = tx.update(GRAD, state)
         return state, osc.read_hyperparams(state) | {"updates": updates}
 
     state = tx.init(GRAD) if state is None else state
-    options = {} if losses is None else {"value": losses}
-    return jax.lax.scan(step, state, (jnp.arange(STEPS), options))[1]
+    return jax.lax.scan(step, state, jnp.arange(STEPS))[1]
 
 
 MANUAL = osc.triggered_cooldown(0.1, shape="linear")
@@ -94,7 +92,7 @@ def test_a_trigger_after_a_long_run(count):
     """Float32 no longer holds such counts."""
     tx = osc.triggered_cooldown(0.1, shape="linear")
     state = tx.init(GRAD)._replace(count=jnp.int32(count))
-    applied = run(tx, 3, 20, None, state)
+    applied = run(tx, 3, 20, state)
     fractions = np.clip((23 - np.arange(STEPS)) / 20, 0, 1)
     np.testing.assert_allclose(applied["learning_rate"], 0.1 * fractions, rtol=1e-6)
 
@@ -102,7 +100,7 @@ def test_a_trigger_after_a_long_run(count):
 def test_the_longest_cooldown_neither_overflows_nor_decays():
     tx = osc.triggered_cooldown(0.1)
     state = tx.init(GRAD)._replace(count=jnp.int32(INT32_MAX - 5))
-    rates = run(tx, 2, INT32_MAX, None, state)["learning_rate"]
+    rates = run(tx, 2, INT32_MAX, state)["learning_rate"]
     np.testing.assert_allclose(rates, 0.1, rtol=1e-3)
 
 
@@ -315,23 +313,11 @@ def starts(state):
     return [int(node.cooldown_steps) for node in nodes if hasattr(node, "start_step")]
 
 
-@pytest.mark.parametrize(
-    ("which", "expected"),
-    [
-        ("inner_states/0/inner_state", [5, 0]),
-        ("inner_states/1/inner_state", [0, 5]),
-        ("all", [5, 5]),
-    ],
-)
-def test_one_of_two_triggers_or_all(which, expected):
+def test_all_triggers_start_or_those_of_the_part_that_is_given():
     state = two_triggers().init({"w": jnp.ones(3), "b": GRAD})
-    assert starts(osc.start_cooldown(state, 5, which=which)) == expected
-
-
-def test_one_of_two_references_to_one_state():
-    state = osc.triggered_cooldown(0.1).init(GRAD)
-    pair = osc.start_cooldown({"a": state, "b": state}, 5, which="b")
-    assert starts(pair) == [0, 5]
+    assert starts(osc.start_cooldown(state, 5)) == [5, 5]
+    part = osc.start_cooldown(state.inner_states[1], 5)
+    assert starts((state.inner_states[0], part)) == [0, 5]
 
 
 class Net(nnx.Module):
@@ -449,102 +435,6 @@ def test_states_with_a_leading_axis(lengths):
     np.testing.assert_array_equal(
         started.cooldown_steps, np.broadcast_to(lengths, (4,))
     )
-
-
-# --- plateaus ------------------------------------------------------------------------
-
-NOISE = np.random.default_rng(0).normal(size=STEPS)
-LOSSES = {
-    # losses, plateau_steps, tolerance
-    "constant": (np.ones(STEPS), 5, 0.01),
-    "constant-exact": (np.full(STEPS, 0.3), 1, 0.0),
-    "negative": (-np.ones(STEPS), 5, 0.01),
-    "zero": (np.zeros(STEPS), 5, 0.01),
-    "falling": (0.9 ** np.arange(STEPS), 5, 0.01),
-    "falling-below-zero": (-np.arange(STEPS), 5, 0.01),
-    "too-slow": (1 - 1e-4 * np.arange(STEPS), 5, 0.01),
-    "slow-but-enough": (1 - 4e-3 * np.arange(STEPS), 5, 0.01),
-    "flattens": (np.maximum(1 - 0.05 * np.arange(STEPS), 0.5), 5, 0.01),
-    "noise": (1 + 0.1 * NOISE, 10, 0.01),
-    "falling-noise": (0.9 ** np.arange(STEPS) * (1 + 0.05 * NOISE), 10, 0.01),
-    "rising": (1.0 + np.arange(STEPS), 7, 0.01),
-    "holes": (np.where(np.arange(STEPS) % 3, 0.9 ** np.arange(STEPS), np.nan), 5, 0.01),
-    "inf": (np.where(np.arange(STEPS) % 3, 1.0, np.inf), 5, 0.01),
-    "late": (np.where(np.arange(STEPS) < 20, np.nan, 1.0), 5, 0.01),
-    "never-finite": (np.full(STEPS, np.nan), 5, 0.01),
-}
-START = {"constant": 5, "constant-exact": 1, "falling": None, "late": 25}
-START |= {"never-finite": None, "falling-noise": None, "falling-below-zero": None}
-
-
-@functools.cache
-def plateau(steps, rtol=0.01, **options):
-    return osc.triggered_cooldown(
-        0.1,
-        shape="linear",
-        plateau_steps=steps,
-        plateau_cooldown_steps=4,
-        plateau_rtol=rtol,
-        **options,
-    )
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_plateau_starts_the_cooldown_where_the_rule_says(name):
-    losses, steps, rtol = LOSSES[name]
-    start = reference.plateau_step(losses, steps, rtol)
-    assert start == START.get(name, start)
-    triggered = run(plateau(steps, rtol), -1, 1, losses.astype(np.float32))
-    expected = run(MANUAL, -1 if start is None else start, 4)
-    chex.assert_trees_all_equal(triggered, expected)
-
-
-def test_a_manual_start_wins_over_the_plateau():
-    applied = run(plateau(5, 0.01), 2, 30, np.ones(STEPS, "f"))
-    expected = run(MANUAL, 2, 30)
-    chex.assert_trees_all_equal(applied, expected)
-
-
-@pytest.mark.parametrize(
-    "nest", [*NESTINGS.values(), lambda tx: optax.MultiSteps(tx, 2)]
-)
-def test_the_loss_reaches_a_plateau_at_any_nesting(nest):
-    tx = nest(plateau(3))
-    params = {"w": np.ones(3, "f"), "b": GRAD}
-    state, rates, update = tx.init(params), [], jax.jit(tx.update)
-    for _ in range(16):
-        _, state = update(params, state, params, value=GRAD)
-        (rate,) = (v for k, v in osc.read_hyperparams(state).items() if "rate" in k)
-        rates.append(float(rate))
-    every = 2 if isinstance(tx, optax.MultiSteps) else 1
-    expected = 0.1 * np.float32([1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
-    np.testing.assert_allclose(rates[every - 1 :: every][:8], expected, rtol=1e-6)
-
-
-def test_nnx_optimizer_passes_the_loss_on():
-    net = Net()
-    optimizer = nnx.Optimizer(net, plateau(2), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(net, optimizer, value):
-        optimizer.update(net, nnx.grad(net_loss)(net), value=value)
-
-    for _ in range(4):
-        step(net, optimizer, GRAD)
-    assert osc.read_hyperparams(optimizer)["cooldown"] == 0.25
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (None, r"^`value` must be given to `update`.*got None\.$"),
-        (np.ones(2), r"^`value` must be a single number, got .* shape \(2,\)\.$"),
-    ],
-)
-def test_a_plateau_needs_the_loss(value, message):
-    tx = plateau(3)
-    with pytest.raises(ValueError, match=message):
-        tx.update(GRAD, tx.init(GRAD), value=value)
 
 
 def test_a_branch_of_an_nnx_optimizer_leaves_the_stable_state_alone():

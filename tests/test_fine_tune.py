@@ -286,7 +286,7 @@ def test_a_tree_without_parameters_is_no_error(freeze_steps):
 def test_labels_of_names_are_refused(freeze_steps):
     names = {"stem": "a", "blocks": "b", "head": "c"}
     tx = osc.fine_tune_adamw(PEAK, TOTAL, names, freeze_steps=freeze_steps)
-    with pytest.raises(ValueError, match=r"^`param_labels` must give integers.*'a'"):
+    with pytest.raises(ValueError, match=r"^`param_labels` must be integers.*'a'"):
         tx.init(START)
 
 

@@ -96,13 +96,9 @@ ORDERS = {
     "gaps": ([7, 2, 11, 2], [2, 7, 11]),
     "negative": ([-1, -3, 4], [-3, -1, 4]),
     "tree": ({"x": [5, 1], "y": 3}, [1, 3, 5]),
-    "numpy_integers": ([np.int64(4), np.int32(1), 2], [1, 2, 4]),
-    "numpy_array": (np.array([3, 1, 2]), [1, 2, 3]),
     "set_of_integers": ({3, 1, 2}, [1, 2, 3]),
-    "generator": ((k for k in (2, 0, 1)), [0, 1, 2]),
     "names": (["stem", "body", "head"], ["stem", "body", "head"]),
     "names_again": (("b", "a", "b", "c"), ["b", "a", "c"]),
-    "keys": ({"z": 1, "y": 2, "x": 3}.keys(), ["z", "y", "x"]),
 }
 
 
@@ -110,7 +106,6 @@ ORDERS = {
 def test_groups_are_ranked_from_the_input_to_the_output(labels, order):
     multipliers = osc.layerwise_multipliers(labels, 0.5)
     assert multipliers == dict(zip(order, (0.25, 0.5, 1.0), strict=True))
-    assert {type(label) for label in multipliers} <= {int, str}
 
 
 @pytest.mark.parametrize("labels", ["head", 3, ["head"], {"a": "head"}, {"head"}])
@@ -118,11 +113,6 @@ def test_a_single_group_has_the_whole_rate(labels):
     assert list(osc.layerwise_multipliers(labels, 0.5).values()) == [1.0]
     assert list(osc.geometric_multipliers(labels, 0.5).values()) == [1.0]
     assert list(osc.geometric_multipliers(labels).values()) == [1.0]
-
-
-@pytest.mark.parametrize("labels", [jnp.array([2, 0, 1]), np.array([[2, 0], [1, 1]])])
-def test_arrays_of_labels_are_labels(labels):
-    assert osc.layerwise_multipliers(labels, 0.5) == {0: 0.25, 1: 0.5, 2: 1.0}
 
 
 def test_labels_that_kept_the_variables_of_nnx_are_ranked():

@@ -447,7 +447,6 @@ BAD_LABELS = {
     "below_a_leaf": ({"a": {"z": 0}, "b": 0}, "no parameter at 'a/z'"),
     "misspelt": ({"a": 0, "bb": 0}, "no label for 'b/x', 'b/y' and no parameter"),
     "list": ([0, 0], "no label for 'a', 'b/x', 'b/y'"),
-    "frozen_dict": (FrozenDict({"a": 0, "b": 0}), "containers of another kind"),
 }
 
 
@@ -469,11 +468,25 @@ def test_a_function_that_gives_labels_that_do_not_fit_is_named_too():
         scaled({"a": LEAF, "b": LEAF}, lambda params: {"a": 0}, {0: 1.0})
 
 
-def test_a_plain_dict_of_labels_for_an_nnx_state_is_an_error():
-    variables = nnx.state(Net(), nnx.Param)
-    labels = {"embed": 0, "layers": 0, "head": 0}
-    with pytest.raises(ValueError, match=r"containers of another kind \(dict.*State"):
-        scaled(variables, labels, {0: 1.0})
+PLAIN = {
+    "frozen_dict": (FrozenDict({"a": {"b": LEAF}, "c": LEAF}), {"a": 1, "c": 0}),
+    "nnx_variables": (
+        nnx.state(Net(), nnx.Param),
+        {"embed": 1, "layers": 0, "head": 0},
+    ),
+    "named_tuple": (Pair({"w": LEAF}, LEAF), {"body": 1, "head": 0}),
+}
+
+
+@pytest.mark.parametrize(("params", "labels"), PLAIN.values(), ids=PLAIN)
+def test_a_plain_dict_labels_any_container_by_its_paths(params, labels):
+    params = jax.tree.map(jnp.ones_like, params)
+    updates = scaled(params, labels, {0: 0.0, 1: 1.0})
+    paths = osc.describe_groups(params, labels).splitlines()[1:]
+    for line, leaf in zip(paths, jax.tree.leaves(updates), strict=True):
+        path, label = line.split()
+        assert label == str(labels[path.partition("/")[0]])
+        assert bool(leaf.any()) == (label == "1")
 
 
 MIXED = {

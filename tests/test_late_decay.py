@@ -247,7 +247,11 @@ BAD = [
         lambda: osc.warmup_stable_decay_schedule(
             1.0, 10, warmup_steps=4, decay_steps=7
         ),
-        ("warmup_steps + decay_steps", "at most `total_steps` (10)", "4 + 7"),
+        (
+            "warmup_steps + decay_steps",
+            "at least 0 and at most `total_steps` (10)",
+            "11",
+        ),
     ),
     (
         lambda: osc.warmup_stable_decay_schedule(-1.0, 10),
@@ -279,7 +283,7 @@ BAD = [
     ),
     (
         lambda: osc.with_cooldown(1.0, 10, 11),
-        ("cooldown_steps", "at most `total_steps` (10)", "11"),
+        ("cooldown_steps", "at least 1 and at most `total_steps` (10)", "11"),
     ),
     (
         lambda: osc.with_cooldown(np.inf, 10, 5),

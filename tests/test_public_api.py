@@ -20,10 +20,10 @@ ROOMS = [
     {"__init__"},
     {"plotting"},
     {"finders"},
-    {"recipes"},
+    {"recipes", "_late_recipes"},
     {"transforms"},
     {"schedules", "_dials"},
-    {"_trees", "_numerics"},
+    {"_trees", "_numerics", "_batches"},
     {"_checks"},
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))

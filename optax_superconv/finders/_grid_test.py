@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from optax_superconv import _checks
+from optax_superconv import _batches, _checks
+from optax_superconv._trees import shares_variables
 from optax_superconv.finders import _runs
 from optax_superconv.finders._range_test import RangeTestResult, range_test
 from optax_superconv.finders._suggestions import smooth_curve
@@ -444,7 +445,7 @@ def grid_test(
     ladder = None
     if mode == "range":
         ladder = _runs.geometric_ladder(min_value, max_value, num_steps)
-    source = _runs.draw(batches)
+    source = _batches.draw(batches)
 
     shape = tuple(map(len, axes.values()))
     columns = np.meshgrid(*axes.values(), indexing="ij")
@@ -461,13 +462,13 @@ def grid_test(
         example = (state, dict.fromkeys(names, np.float32(0.0)), first)
         platform = devices[0].platform if devices else jax.default_backend()
         jaxpr = None
-        if not _runs.shares_variables(state):
+        if not shares_variables(state):
             jaxpr = _runs.jaxpr_of(step_fn, example)
         vectorize = jaxpr is not None and _vmap_pays(jaxpr, platform)
         if jaxpr is not None and not hasattr(step_fn, "lower"):
             step_fn = jax.jit(step_fn)
     _checks.require(
-        not (vectorize and _runs.shares_variables(state)),
+        not (vectorize and shares_variables(state)),
         "state",
         "without Variables that Flax NNX objects share, under `vmap` (split it with "
         "`nnx.split`, or take vectorize=False)",

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_superconv import _checks
+from optax_superconv import _batches, _checks
+from optax_superconv._trees import shares_variables
 from optax_superconv.finders import _runs
 
 State = TypeVar("State")
@@ -71,7 +72,7 @@ def _scan(
     ladder: np.ndarray,
 ) -> tuple[np.ndarray, Any] | None:
     """Losses and held-out losses of one program; None for an untraceable step."""
-    length = _runs.num_stacked(batches)
+    length = _batches.num_stacked(batches)
 
     def run(state: Any, batches: Any, rates: jax.Array) -> Any:
         def body(state: Any, scanned: Any) -> tuple[Any, Any]:
@@ -179,7 +180,7 @@ def range_test(
     patience = _checks.steps("patience", patience, at_least=1)
     _checks.scalar("smoothing", smoothing, _checks.DECAY_RULE, _checks.decay_rate)
     _checks.scalar("divergence_factor", divergence_factor, "above 1", lambda x: x > 1)
-    source = _runs.draw(batches)
+    source = _batches.draw(batches)
 
     average = _Average()
     losses: list[float] = []
@@ -213,9 +214,9 @@ def range_test(
     # XLA's convolutions crawl inside of loops on a CPU.
     if (
         jax.default_backend() != "cpu"
-        and _runs.is_stacked(batches)
+        and _batches.is_stacked(batches)
         and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
-        and not _runs.shares_variables(state)
+        and not shares_variables(state)
     ):
         scanned = _scan(step, state, batches, ladder)
     if scanned is not None:

@@ -7,8 +7,7 @@ caller's state survives, and what a step must return.
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_superconv import _checks
+from optax_superconv._batches import is_array
+from optax_superconv._trees import copy_tree
 
 State = TypeVar("State")
 
@@ -50,75 +51,6 @@ def geometric_ladder(
     return ladder
 
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-def is_stacked(batches: Any) -> bool:
-    """Whether ``batches`` is one pytree whose leaves hold a batch per step.
-
-    Lists and iterators hold batches, and so do tuples unless all of their elements are
-    arrays, as in ``(inputs, targets)``; a mapping, an array or any other pytree node
-    is stacked.
-    """
-    if isinstance(batches, list | range | Iterator):
-        return False
-    if isinstance(batches, tuple):
-        return bool(batches) and all(map(_is_array, batches))
-    return not jax.tree_util.all_leaves([batches]) or (
-        _is_array(batches) and np.ndim(batches) > 0
-    )
-
-
-def num_stacked(batches: Any) -> int:
-    """How many batches a stacked pytree holds; its leaves must agree."""
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batches)]
-    lengths = {shape[:1] for shape in shapes}
-    _checks.require(
-        len(lengths) == 1 and lengths != {()} and lengths != {(0,)},
-        "batches",
-        "a pytree of arrays with one leading axis of steps, at least 1 (batches that "
-        "are not stacked go in a list)",
-        f"leaves of shapes {shapes}",
-    )
-    return int(lengths.pop()[0])
-
-
-def _slices(batches: Any, length: int) -> Iterator[Any]:
-    while True:
-        for k in range(length):
-            yield jax.tree.map(lambda leaf, k=k: leaf[k], batches)
-
-
-def _repeats(batches: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        _checks.require(not empty, "batches", "at least one batch", "none")
-
-
-def draw(batches: Any) -> Iterator[Any]:
-    """The batches one by one; whatever can be iterated again does so at its end."""
-    if is_stacked(batches):
-        if type(batches) is tuple and any(np.ndim(leaf) < 2 for leaf in batches):
-            raise ValueError(
-                "`batches` must be stacked along a leading axis of steps, before that "
-                "of examples, if it is a tuple of arrays (a single batch goes in a "
-                f"list), got arrays of shapes {[np.shape(leaf) for leaf in batches]}."
-            )
-        return _slices(batches, num_stacked(batches))
-    if isinstance(batches, Iterator):
-        return batches
-    if not isinstance(batches, Iterable):
-        raise TypeError(
-            "`batches` must be a sequence, an iterator or a stacked pytree of batches "
-            f"(a single batch goes in a list), got a {type(batches).__name__}."
-        )
-    return _repeats(batches)
-
-
 def ran_dry(num_steps: int, steps_run: int) -> ValueError:
     """The error for an iterator that ended too soon."""
     return ValueError(
@@ -126,20 +58,6 @@ def ran_dry(num_steps: int, steps_run: int) -> ValueError:
         f" got an iterator that ran dry after {steps_run}. A sequence starts again"
         " at its end."
     )
-
-
-def shares_variables(state: Any) -> bool:
-    """Whether Flax NNX objects share a Variable, which a pytree would not know."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return False
-
-    def is_variable(leaf: Any) -> bool:
-        return isinstance(leaf, nnx.Variable)
-
-    leaves = filter(is_variable, jax.tree.leaves(state, is_leaf=is_variable))
-    variables = [id(leaf) for leaf in leaves]
-    return len(set(variables)) < len(variables)
 
 
 def jaxpr_of(step_fn: Any, example: tuple[Any, ...]) -> Any:
@@ -180,12 +98,7 @@ def copy_state(state: State, device: jax.Device | None = None) -> State:  # pyri
             copies[id(leaf)] = copy
         return copies[id(leaf)]
 
-    if shares_variables(state):
-        from flax import nnx
-
-        graph, leaves = nnx.split(state)
-        return nnx.merge(graph, jax.tree.map(copied, leaves))
-    return jax.tree.map(copied, state)
+    return copy_tree(state, copied)
 
 
 def tenth(losses: np.ndarray) -> int:
@@ -249,7 +162,7 @@ def layout(state: Any) -> tuple[Any, dict[str, str]]:
     return structure, {
         jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
         for path, leaf in leaves
-        if _is_array(leaf) or isinstance(leaf, numeric)
+        if is_array(leaf) or isinstance(leaf, numeric)
     }
 
 
@@ -297,7 +210,7 @@ def sequential(
             if where not in placed:
                 placed[where] = jax.tree.map(
                     lambda x, d=devices[where]: (
-                        jax.device_put(x, d) if _is_array(x) else x
+                        jax.device_put(x, d) if is_array(x) else x
                     ),
                     batch,
                 )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from optax_superconv import _checks
+from optax_superconv import _batches, _checks
 from optax_superconv.finders import _runs
 
 State = TypeVar("State")
@@ -259,7 +259,7 @@ def convergence_threshold(
             return _runs.lockstep(
                 _runs.sequential(step_fn, states, lambda _, member: each[member]),
                 (len(states), num_steps),
-                _runs.draw(batches),  # Starts again, unless it is an iterator.
+                _batches.draw(batches),  # Starts again, unless it is an iterator.
                 tick=tick,
             )
 

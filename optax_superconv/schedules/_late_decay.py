@@ -23,14 +23,14 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
+from optax_superconv._numerics import wide_dtype
+from optax_superconv.schedules._cycles import check_cycle
 from optax_superconv.schedules._phases import (
     Phase,
     Shape,
     as_count,
-    check_cycle,
     check_positive,
     check_shape,
-    float_dtype,
     move,
     phase_schedule,
 )
@@ -103,19 +103,12 @@ def warmup_stable_decay_schedule(
       Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (1-sqrt).
     """
     total = _checks.steps("total_steps", total_steps, at_least=1)
-    below = f"less than `total_steps` ({total})"
-    warmup = _checks.steps("warmup_steps", warmup_steps, below=below)
-    rule = f"at least 0 and {below}"
-    _checks.require(warmup < total, "warmup_steps", rule, warmup)
+    of = "total_steps", total
+    warmup = _checks.steps("warmup_steps", warmup_steps, below=of)
     if decay_steps is None:
         decay_steps = min(max(round(0.2 * total), 1), total - warmup)
     decay = _checks.steps("decay_steps", decay_steps, at_least=1)
-    _checks.require(
-        warmup + decay <= total,
-        "warmup_steps + decay_steps",
-        f"at most `total_steps` ({total})",
-        f"{warmup} + {decay}",
-    )
+    _checks.steps("warmup_steps + decay_steps", warmup + decay, at_most=of)
     check_cycle({"peak_value": peak_value, "init_value": init_value}, "linear")
     check_cycle({"peak_value": peak_value, "end_value": end_value}, shape)
     phases = [
@@ -176,9 +169,8 @@ def with_cooldown(
       2022 (a cooldown from any checkpoint).
     """
     total = _checks.steps("total_steps", total_steps, at_least=1)
-    length = _checks.steps("cooldown_steps", cooldown_steps, at_least=1)
-    rule = f"at most `total_steps` ({total})"
-    _checks.require(length <= total, "cooldown_steps", rule, length)
+    of = "total_steps", total
+    length = _checks.steps("cooldown_steps", cooldown_steps, at_least=1, at_most=of)
     _checks.number_or_schedule("schedule", schedule)
     _checks.number("end_value", end_value)
     check_shape("shape", shape)
@@ -193,9 +185,9 @@ def with_cooldown(
             check_positive(f"schedule({begin})", before(jnp.asarray(begin, jnp.int32)))
 
     def cooled(count: ArrayLike) -> jax.Array:
-        count = as_count(count, float_dtype(end_value))
+        count = as_count(count, wide_dtype(end_value))
         value = before(jnp.minimum(count, begin))
-        dtype = float_dtype(value, end_value)
+        dtype = wide_dtype(value, end_value)
         start, end = jnp.asarray(value, dtype), jnp.asarray(end_value, dtype)
         # Subtract as integers: float32 does not hold counts above 2**24.
         elapsed = jnp.clip(count, begin, total) - begin

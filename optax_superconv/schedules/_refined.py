@@ -13,7 +13,7 @@ consequence.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -23,118 +23,12 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._dials import increment, widen
-from optax_superconv.schedules._phases import as_count, float_dtype
+from optax_superconv._numerics import wide_dtype
+from optax_superconv.schedules._phases import as_count
 
 _POWERS = {"adam": -1.0, "sgd": -2.0}
 _SAMPLES = 10_000  # Of the paper's smoothing, at least.
 _TRIM = 2  # Norms at either end, which the smoothing leaves out.
-
-
-class RecordGradientNormsState(NamedTuple):
-    """State of :func:`record_gradient_norms`."""
-
-    count: jax.Array  # (), int32
-    gradient_norms: jax.Array  # (samples,), float32; NaN where nothing is recorded
-    num_in_sample: jax.Array  # (), int32; norms in the mean of the current sample
-
-
-def record_gradient_norms(
-    total_steps: int,
-    *,
-    ord: Literal[1, 2],
-    num_samples: int = 1000,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Records the norms of a run's gradients, for :func:`refined_schedule`.
-
-    .. math:: G_t = \sum_i |g_{t,i}| \;\text{ or }\; \sqrt{\sum_i |g_{t,i}|^2}
-
-    over the whole tree, in float32 whatever the dtype of the gradient. Place it first
-    in the chain, before any clipping; updates pass through untouched. After the run,
-    ``optax.tree.get(opt_state, "gradient_norms")`` is the record.
-
-    Args:
-      total_steps: Steps of the whole run, at least 1. Nothing is recorded after them.
-      ord: 1 for the l1 norm, which refines a schedule of Adam, 2 for the l2 norm,
-        which refines one of SGD.
-      num_samples: Length of the record, at least 1; it is no longer than
-        ``total_steps``. The run is cut into so many parts, as equal as whole steps
-        allow, and each sample is the mean of the finite norms of its part.
-
-    Returns:
-      The transformation. A sample is NaN until it is reached, or if no norm of its
-      part was finite.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import optax_superconv as osc
-      >>> tx = optax.chain(osc.record_gradient_norms(2, ord=2), optax.sgd(0.1))
-      >>> state = tx.init(jnp.zeros(2))
-      >>> for gradient in (jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0])):
-      ...     _, state = tx.update(gradient, state)
-      >>> print(optax.tree.get(state, "gradient_norms"))
-      [5. 1.]
-
-    References:
-      Defazio, Cutkosky, Mehta and Mishchenko, `Optimal Linear Decay Learning Rate
-      Schedules and Further Refinements <https://arxiv.org/abs/2310.07831>`_, 2023.
-    """
-    total = _checks.steps("total_steps", total_steps, at_least=1)
-    rule = "1 (for Adam) or 2 (for SGD)"
-    power = _checks.scalar("ord", ord, rule, lambda o: (o == 1) | (o == 2))
-    samples = min(_checks.steps("num_samples", num_samples, at_least=1), total)
-    # The first `num_long` samples are a step longer than the others.
-    short, num_long = divmod(total, samples)
-    long = short + (num_long > 0)
-    end_of_long = num_long * long
-
-    def norm(updates: optax.Updates) -> jax.Array:
-        # A record is not part of what is differentiated, and a norm of 0 has no slope.
-        fixed = (jax.lax.stop_gradient(widen(g)) for g in jax.tree.leaves(updates))
-        sizes = (jnp.abs(g) for g in fixed)
-        sums = [jnp.sum(size if power == 1 else size * size) for size in sizes]
-        dtype = float_dtype(jnp.float32(0), *sums)
-        value = sum((s.astype(dtype) for s in sums), jnp.zeros([], dtype))
-        return (value if power == 1 else jnp.sqrt(value)).astype(jnp.float32)
-
-    def init_fn(params: optax.Params) -> RecordGradientNormsState:
-        del params
-        return RecordGradientNormsState(
-            count=jnp.zeros([], jnp.int32),
-            gradient_norms=jnp.full([samples], jnp.nan, jnp.float32),
-            num_in_sample=jnp.zeros([], jnp.int32),
-        )
-
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RecordGradientNormsState]:
-        state = cast(RecordGradientNormsState, state)
-        del params, extra_args
-        step = jnp.minimum(state.count, total - 1)
-        after = step - end_of_long
-        index = jnp.where(after < 0, step // long, num_long + after // short)
-        in_part = jnp.where(after < 0, step % long, after % short)
-        num = jnp.where(in_part == 0, 0, state.num_in_sample)
-        value, mean = norm(updates), state.gradient_norms[index]
-        longer = mean + (value - mean) / (num + 1).astype(jnp.float32)
-        longer = jnp.where(num == 0, value, longer)
-        running = state.count < total
-        counts = running & jnp.isfinite(value)
-        return updates, RecordGradientNormsState(
-            count=increment(state.count),
-            gradient_norms=state.gradient_norms.at[index].set(
-                jnp.where(counts, longer, mean)
-            ),
-            num_in_sample=jnp.where(
-                running, jnp.where(counts, num + 1, num), state.num_in_sample
-            ),
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def refined_schedule(
@@ -215,7 +109,7 @@ def refined_schedule(
     last = len(rates) - 1
 
     def schedule(count: ArrayLike) -> jax.Array:
-        dtype = float_dtype(peak_value)
+        dtype = wide_dtype(peak_value)
         peak, table = jnp.asarray(peak_value, dtype), jnp.asarray(rates, dtype)
         remaining = total - jnp.clip(as_count(count, dtype), 0, total)
         nearest = jnp.round(remaining.astype(dtype) * (last / total)).astype(jnp.int32)

@@ -22,8 +22,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from optax_superconv import _checks
-from optax_superconv.finders import _runs
+from optax_superconv import _batches, _checks
 
 # What a norm has seen so far: how many elements of each feature, and their moments.
 _TOTALS = ("observed_count", "observed_mean", "observed_var")
@@ -340,10 +339,10 @@ def _call(model: Any, batch: Any) -> Any:
 
 def _each(batches: Any) -> Iterable[Any]:
     """The batches of one pass."""
-    if _runs.is_stacked(batches):
-        return itertools.islice(_runs.draw(batches), _runs.num_stacked(batches))
+    if _batches.is_stacked(batches):
+        return itertools.islice(_batches.draw(batches), _batches.num_stacked(batches))
     if not isinstance(batches, Iterable):
-        _runs.draw(batches)  # Raises.
+        _batches.draw(batches)  # Raises.
     return batches
 
 

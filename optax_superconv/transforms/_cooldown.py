@@ -9,39 +9,27 @@ cooldowns of several lengths.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import KeyPath, keystr, tree_map_with_path
+from jax.tree_util import KeyPath, tree_map_with_path
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
 from optax_superconv._dials import (
     AppliedHyperparams,
-    array_of,
     find_states,
-    increment,
-    scale,
     states_in,
     value_at,
 )
+from optax_superconv._numerics import increment, scale
+from optax_superconv._trees import array_of, path_of
 from optax_superconv.schedules._phases import Shape, check_positive, check_shape, move
-
-_NEVER = _checks.MAX_STEPS
-
-
-class PlateauState(NamedTuple):
-    """What a plateau trigger has seen of the loss."""
-
-    mean: jax.Array  # (), float32; running mean of the losses
-    weight: jax.Array  # (), float32; the running mean of a constant 1
-    best: jax.Array  # (), float32; the lowest mean by more than the tolerance
-    best_step: jax.Array  # (), int32
+from optax_superconv.transforms._link import link
 
 
 class TriggeredCooldownState(NamedTuple):
@@ -50,39 +38,7 @@ class TriggeredCooldownState(NamedTuple):
     count: jax.Array  # (), int32
     start_step: jax.Array  # (), int32; the last int32 before the trigger
     cooldown_steps: jax.Array  # (), int32; 0 before the trigger
-    plateau: PlateauState
     applied: AppliedHyperparams  # cooldown, learning_rate
-
-
-def _observe(
-    plateau: PlateauState, value: Any, count: jax.Array, steps: int, rtol: ArrayLike
-) -> PlateauState:
-    """The state after another loss; one that is not finite is left out."""
-    if value is None:
-        raise ValueError(
-            "`value` must be given to `update` for a plateau trigger (the loss of the "
-            "step, `tx.update(grads, state, params, value=loss)`), got None."
-        )
-    loss = jnp.asarray(value, jnp.float32)
-    _checks.require(
-        loss.ndim == 0, "value", "a single number", f"an array of shape {loss.shape}"
-    )
-    gain = jnp.float32(1 / steps)
-    weight = plateau.weight + gain * (1 - plateau.weight)
-    mean = plateau.mean + gain / weight * (loss - plateau.mean)
-    tolerance = jnp.asarray(rtol, jnp.float32) * jnp.abs(plateau.best)
-    better = mean < plateau.best - tolerance
-    # An infinite best is no loss yet, and its tolerance is no number.
-    better = better | jnp.isinf(plateau.best)
-    seen = PlateauState(
-        mean,
-        weight,
-        jnp.where(better, mean, plateau.best),
-        jnp.where(better, count, plateau.best_step),
-    )
-    return jax.tree.map(
-        lambda new, old: jnp.where(jnp.isfinite(loss), new, old), seen, plateau
-    )
 
 
 def triggered_cooldown(
@@ -90,9 +46,6 @@ def triggered_cooldown(
     *,
     end_value: ArrayLike = 0.0,
     shape: Shape = "1-sqrt",
-    plateau_steps: int | None = None,
-    plateau_cooldown_steps: int | None = None,
-    plateau_rtol: ArrayLike = 0.01,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates by minus the learning rate, which decays when you say so.
 
@@ -106,12 +59,6 @@ def triggered_cooldown(
     and stays there. That is the rate of ``with_cooldown(schedule, k + n, n)``, as if it
     had been planned from the start.
 
-    With ``plateau_steps`` the cooldown also starts by itself, when the smoothed loss
-    has been flat for so many updates. This rule is ours and not a paper's. The loss is
-    smoothed by a running mean over about ``plateau_steps`` updates (debiased, decay
-    1 - 1 / ``plateau_steps``); it is flat while it does not fall by more than
-    ``plateau_rtol`` of its lowest value. Losses that are not finite are left out.
-
     Args:
       schedule: The rate before the cooldown: a finite number, or a schedule
         ``count -> rate``, such as a warm-up that ends in a constant.
@@ -119,14 +66,6 @@ def triggered_cooldown(
       shape: Shape of the cooldown; see :class:`Phase`. ``"exponential"`` needs an
         ``end_value`` above 0, and a constant ``schedule`` above 0. If a schedule is at
         0 when the cooldown starts, the rate goes to ``end_value`` at once.
-      plateau_steps: Updates without progress that start the cooldown, at least 1. The
-        updates of a warm-up count, so this should be longer than the warm-up. Each
-        update then needs the loss: ``tx.update(grads, state, params, value=loss)``.
-        None leaves the start to :func:`start_cooldown`.
-      plateau_cooldown_steps: Steps of the cooldown that a plateau starts, at least 1.
-        Give it together with ``plateau_steps``, or leave both None.
-      plateau_rtol: Fall of the smoothed loss, relative to its lowest value, that counts
-        as progress; at least 0.
 
     Returns:
       The transformation. :func:`read_hyperparams` reads ``learning_rate`` and
@@ -166,60 +105,23 @@ def triggered_cooldown(
         check_positive("end_value", end_value)
         if not callable(schedule):
             check_positive("schedule", schedule)
-    _checks.number(
-        "plateau_rtol", plateau_rtol, "finite and at least 0", _checks.non_negative
-    )
-    lengths = {
-        "plateau_steps": plateau_steps,
-        "plateau_cooldown_steps": plateau_cooldown_steps,
-    }
-    for (name, steps), other in zip(lengths.items(), reversed(lengths), strict=True):
-        if steps is not None:
-            _checks.steps(name, steps, at_least=1)
-        needed = lengths[other] is not None
-        _checks.require(
-            steps is not None or not needed, name, f"given with `{other}`", steps
-        )
 
     def init_fn(params: optax.Params) -> TriggeredCooldownState:
         del params
+        count = jnp.zeros([], jnp.int32)
+        start = jnp.full([], _checks.MAX_STEPS, jnp.int32)
+        rate = value_at(schedule, count)
         return TriggeredCooldownState(
-            jnp.zeros([], jnp.int32),
-            jnp.full([], _NEVER, jnp.int32),
-            jnp.zeros([], jnp.int32),
-            PlateauState(
-                jnp.zeros([], jnp.float32),
-                jnp.zeros([], jnp.float32),
-                jnp.full([], math.inf, jnp.float32),
-                jnp.zeros([], jnp.int32),
-            ),
-            AppliedHyperparams(
-                {
-                    "cooldown": jnp.zeros([], jnp.float32),
-                    "learning_rate": value_at(schedule, jnp.zeros([], jnp.int32)),
-                }
-            ),
+            count, start, jnp.zeros([], jnp.int32), _record(jnp.zeros([]), rate)
         )
 
     def update_fn(
         updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        *,
-        value: Any = None,
-        **extra_args: Any,
+        state: TriggeredCooldownState,
+        params: optax.Params | None,
     ) -> tuple[optax.Updates, TriggeredCooldownState]:
-        state = cast(TriggeredCooldownState, state)
-        del params, extra_args
+        del params
         count, start, steps = state.count, state.start_step, state.cooldown_steps
-        plateau = state.plateau
-        if plateau_steps is not None and plateau_cooldown_steps is not None:
-            plateau = _observe(plateau, value, count, plateau_steps, plateau_rtol)
-            flat = count - plateau.best_step >= plateau_steps
-            # No loss yet is no plateau, and a cooldown starts but once.
-            flat = flat & jnp.isfinite(plateau.best) & (steps == 0)
-            start = jnp.where(flat, count, start)
-            steps = jnp.where(flat, plateau_cooldown_steps, steps)
         stable = value_at(schedule, jnp.minimum(count, start))
         end = jnp.asarray(end_value, jnp.float32)
         elapsed = jnp.clip(count - start, 0, steps)
@@ -228,18 +130,18 @@ def triggered_cooldown(
             stable if shape != "exponential" else jnp.where(stable > 0, stable, end)
         )
         rate = jnp.where(elapsed > 0, move(origin, end, shape, elapsed, steps), stable)
-        fraction = elapsed.astype(jnp.float32) / jnp.maximum(steps, 1).astype(
-            jnp.float32
-        )
+        length = jnp.maximum(steps, 1).astype(jnp.float32)
+        fraction = elapsed.astype(jnp.float32) / length
         return scale(-rate, updates), TriggeredCooldownState(
-            increment(count),
-            start,
-            steps,
-            plateau,
-            AppliedHyperparams({"cooldown": fraction, "learning_rate": rate}),
+            increment(count), start, steps, _record(fraction, rate)
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return link(init_fn, update_fn)
+
+
+def _record(fraction: jax.Array, rate: jax.Array) -> AppliedHyperparams:
+    fraction = fraction.astype(jnp.float32)
+    return AppliedHyperparams({"cooldown": fraction, "learning_rate": rate})
 
 
 def _checked_length(cooldown_steps: Any) -> jax.Array:
@@ -300,9 +202,7 @@ def _started(
     )
 
 
-def start_cooldown(
-    opt_state: Any, cooldown_steps: ArrayLike, *, which: str | None = None
-) -> Any:
+def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
     """Starts the cooldown of :func:`triggered_cooldown`, from the next update on.
 
     Works at any nesting, inside and outside ``jit``, on a mesh, and for the
@@ -316,14 +216,12 @@ def start_cooldown(
 
     Args:
       opt_state: An optimizer state, or any pytree that holds one, such as a Linen
-        ``TrainState``.
+        ``TrainState``. Of several triggers in it, as of ``optax.partition``, all start.
       cooldown_steps: Length of the cooldown in optimizer steps, at least 1: an int or
         an integer array, which may be traced. A traced length below 1 starts nothing,
         so ``start_cooldown(state, jnp.where(loss < 0.1, 100, 0))`` decides inside
         ``jit``. For a state with a leading axis, as of ``vmap``, give one length for
         all or an array of them.
-      which: The path of a trigger, or ``"all"``. None is the only trigger. A state with
-        several, as of ``optax.partition``, needs a path, and the error lists them.
 
     Returns:
       The state with its cooldown started, to be used in place of the one given, which
@@ -361,28 +259,11 @@ def start_cooldown(
         "the containers that `init` made",
         states_in(opt_state),
     )
-    paths = ", ".join(map(repr, found))
-    if which is None:
-        _checks.require(
-            len(found) == 1,
-            "which",
-            f'the path of one of {len(found)} triggers ({paths}), or "all"',
-            which,
-        )
-    elif which != "all":
-        _checks.require(
-            which in found, "which", f'one of {paths}, or "all"', repr(which)
-        )
-    chosen = found if which in (None, "all") else {which: found[which]}
-    started = {path: _started(path, node, length) for path, node in chosen.items()}
 
-    def start(path: KeyPath, node: Any) -> Any:
-        if not isinstance(node, TriggeredCooldownState):
-            return node
-        return started.get(keystr(path, simple=True, separator="/"), node)
+    def is_trigger(node: Any) -> bool:
+        return isinstance(node, TriggeredCooldownState)
 
-    return tree_map_with_path(
-        start,
-        opt_state,
-        is_leaf=lambda node: isinstance(node, TriggeredCooldownState),
-    )
+    def start(keys: KeyPath, node: Any) -> Any:
+        return _started(path_of(keys), node, length) if is_trigger(node) else node
+
+    return tree_map_with_path(start, opt_state, is_leaf=is_trigger)

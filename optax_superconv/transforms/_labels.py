@@ -1,12 +1,7 @@
-r"""Which group does a parameter belong to?
+"""Which group does a parameter belong to?
 
 A label for each leaf of the parameters, as ``optax.partition`` takes them: from regular
-expressions on the leaf's path, or its depth in the network. A path is written
-``encoder/block_3/attention/kernel``, whatever the containers are: nested dicts, Flax's
-``FrozenDict`` and ``nnx.State``, Equinox modules, Haiku's dicts, named tuples, lists.
-An array that Flax keeps in a ``Variable`` or in a box with axis names counts as one
-leaf without a name of its own, so that a path is the same when the optimizer is
-initialised with Variables and updated with arrays.
+expressions on the leaf's path, or its depth in the network.
 """
 
 from __future__ import annotations
@@ -14,207 +9,23 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import jax
-import numpy as np
 import optax
-from jax.tree_util import KeyPath, all_leaves, keystr, tree_map_with_path
 
 from optax_superconv import _checks
-
-Labels = Any  # A tree of labels: the parameters' containers, or a prefix of them.
-LabelFn = Callable[[optax.Params], Labels]
-
-
-# --- trees ----------------------------------------------------------------------------
-
-
-def _is_any_box(node: Any) -> bool:
-    return any(
-        base.__name__ in ("Variable", "AxisMetadata")
-        and base.__module__.startswith("flax.")
-        for base in type(node).__mro__
-    )
-
-
-def is_box(node: Any) -> bool:
-    """Whether this is one of Flax's boxes of a single array, found without Flax."""
-    return _is_any_box(node) and bool(jax.tree.leaves(node))
-
-
-def is_hole(node: Any) -> bool:
-    """Whether a leaf has been taken out here by ``optax.masked`` or ``partition``."""
-    empty_box = _is_any_box(node) and not jax.tree.leaves(node)
-    return empty_box or isinstance(node, optax.MaskedNode)
-
-
-def _is_position(node: Any) -> bool:
-    """A leaf, or what stands where a leaf has been taken out."""
-    return node is None or is_hole(node) or is_box(node)
-
-
-def map_with_paths(
-    function: Callable[[str, Any], Any], tree: Any, *, holes: bool = False
-) -> Any:
-    """``function(path, leaf)`` of each leaf; with ``holes``, of None and masked too."""
-
-    def apply(path: KeyPath, leaf: Any) -> Any:
-        return function(keystr(path, simple=True, separator="/"), leaf)
-
-    return tree_map_with_path(apply, tree, is_leaf=_is_position if holes else is_box)
-
-
-def paths_of(tree: Any, *, holes: bool = False) -> list[str]:
-    """The path of every leaf, in their order."""
-    paths: list[str] = []
-    map_with_paths(lambda path, _: paths.append(path), tree, holes=holes)
-    return paths
-
-
-def is_masked(tree: Any) -> bool:
-    """Whether leaves have been taken out by ``optax.masked`` or ``partition``."""
-    return any(map(is_hole, jax.tree.leaves(tree, is_leaf=_is_position)))
-
-
-def listed(items: Iterable[Any], most: int = 8) -> str:
-    """For a message: the first few, and how many more."""
-    items = list(items)
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(repr(item) for item in items[:most]) + more
-
-
-def is_function(value: Any) -> bool:
-    """Whether this is to be called: an Equinox module of labels can be, and is not."""
-    return callable(value) and all_leaves([value])
-
-
-def check_labels(labels: Iterable[Any], name: str = "param_labels") -> list[Any]:
-    """Distinct labels, sorted; raises unless all are strings or all integers."""
-    labels = list(labels)
-    distinct = set(labels) if all(isinstance(x, Hashable) for x in labels) else {None}
-    if not (
-        all(isinstance(label, str) for label in distinct)
-        or all(
-            isinstance(label, int | np.integer) and not isinstance(label, bool)
-            for label in distinct
-        )
-    ):
-        raise TypeError(
-            f"`{name}` must have labels that are all strings or all integers, got "
-            f"{', '.join(sorted(set(map(repr, labels)))[:8])}."
-        )
-    return sorted(distinct)
-
-
-def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
-    """A label per leaf of ``params``, in their order; a Flax box is one leaf."""
-    if not jax.tree.leaves(params, is_leaf=_is_position):
-        return []  # The placeholder of optax.tree.map_params is such a tree.
-    tree = param_labels(params) if is_function(param_labels) else param_labels
-
-    def unbox(node: Any) -> Any:
-        return jax.tree.leaves(node)[0] if is_box(node) else node
-
-    tree = jax.tree.map(unbox, tree, is_leaf=is_box)
-
-    def spread(label: Any, part: Any) -> list[Any]:
-        return [label] * len(jax.tree.leaves(part, is_leaf=is_box))
-
-    def visible(node: Any, labels: Any) -> Any:
-        return node if is_hole(node) else labels
-
-    try:
-        spread_tree = jax.tree.map(spread, tree, params)
-    except (ValueError, TypeError):
-        try:  # A hole may stand for a whole subtree of labels.
-            pruned = jax.tree.map(
-                visible,
-                params,
-                tree,
-                is_leaf=lambda node: is_hole(node) or is_box(node),
-            )
-            spread_tree = jax.tree.map(spread, pruned, params)
-        except (ValueError, TypeError):
-            raise ValueError(_no_prefix(tree, params)) from None
-    labels = jax.tree.leaves(spread_tree)
-    check_labels(labels)
-    return labels
-
-
-def _no_prefix(labels: Labels, params: Any) -> str:
-    """Why ``labels`` are not a prefix of ``params``."""
-    theirs, ours = set(paths_of(params)), set(paths_of(labels))
-
-    def below(path: str, parents: set[str]) -> bool:
-        names = path.split("/")
-        return any("/".join(names[:k]) in parents for k in range(len(names) + 1))
-
-    uncovered = sorted(path for path in theirs if not below(path, ours))
-    covered = {p for path in theirs for p in _parents(path)}
-    unknown = sorted(ours - covered)
-    reasons = [
-        *([f"no label for {listed(uncovered)}"] if uncovered else []),
-        *([f"no parameter at {listed(unknown)}"] if unknown else []),
-    ] or [
-        f"containers of another kind ({type(labels).__name__} at the root, where the "
-        f"parameters have {type(params).__name__})"
-    ]
-    return (
-        "`param_labels` must have the structure of the parameters, or be a prefix of "
-        f"it, got {' and '.join(reasons)}. A function `params -> labels`, such as "
-        "`label_by_path(rules)`, has the right structure by itself."
-    )
-
-
-def _parents(path: str) -> list[str]:
-    """The path's beginnings, down to itself: ``a``, ``a/b``, ``a/b/c``."""
-    names = path.split("/")
-    return ["/".join(names[: k + 1]) for k in range(len(names))]
-
-
-def skeleton_of(params: optax.Params) -> Any:
-    """The containers of the parameters, with an empty tuple for each leaf."""
-
-    def bare(node: Any) -> Any:
-        return optax.MaskedNode() if is_hole(node) else ()
-
-    return jax.tree.map(bare, params, is_leaf=lambda n: is_hole(n) or is_box(n))
-
-
-def check_skeleton(updates: optax.Updates, skeleton: Any) -> None:
-    """Raises unless ``updates`` have the structure that ``init`` has seen."""
-    now = skeleton_of(updates)
-    same: Any = jax.tree.structure(skeleton)
-    if jax.tree.structure(now) == same:
-        return
-
-    def leaves_of(tree: Any) -> set[str]:
-        def is_empty(node: Any) -> bool:
-            return type(node) is tuple and not node
-
-        paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_empty)
-        return {keystr(path, simple=True, separator="/") for path, _ in paths}
-
-    before, after = leaves_of(skeleton), leaves_of(now)
-    reasons = [
-        *([f"without {listed(sorted(before - after))}"] if before - after else []),
-        *([f"with {listed(sorted(after - before))} anew"] if after - before else []),
-    ] or [f"containers of another kind ({type(now).__name__} at the root)"]
-    raise ValueError(
-        "`updates` must have the structure of the parameters at `init`, got updates "
-        + " and ".join(reasons)
-        + "."
-    )
-
-
-def names_of(labels: Any) -> dict[Any, None]:
-    """Labels as part of a state's structure, and not of its data."""
-    return dict.fromkeys(labels)
-
-
-# --- labels from paths ----------------------------------------------------------------
+from optax_superconv._checks import listed
+from optax_superconv._trees import (
+    LabelFn,
+    Labels,
+    begins_of,
+    check_labels,
+    is_hole,
+    is_masked,
+    map_with_paths,
+    paths_of,
+)
 
 
 def _regex(name: str, pattern: Any) -> re.Pattern[str]:
@@ -427,7 +238,7 @@ def label_by_depth(
 
     def place(path: str) -> tuple[str, int, str] | None:
         """Where a path belongs, its number, and what stands before the number."""
-        names = _parents(path)
+        names = ["/".join(begin) for begin in begins_of((*path.split("/"),))[1:]]
         for where, patterns in named.items():
             if any(p.fullmatch(begin) for p in patterns for begin in names):
                 return where, 0, ""

@@ -18,7 +18,7 @@ bfloat16 a mean with :math:`\beta = 0.999` stops at a quarter of its final value
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +26,16 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._dials import (
-    AppliedHyperparams,
+from optax_superconv._dials import AppliedHyperparams, value_at
+from optax_superconv._numerics import (
     increment,
     narrow,
     times,
-    value_at,
+    weight_after,
     wide_dtype,
     widen,
 )
+from optax_superconv.transforms._link import link
 
 
 class ScheduledTraceState(NamedTuple):
@@ -114,13 +115,9 @@ def scheduled_trace(
         )
 
     def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: ScheduledTraceState, params: optax.Params | None
     ) -> tuple[optax.Updates, ScheduledTraceState]:
-        state = cast(ScheduledTraceState, state)
-        del params, extra_args
+        del params
         momentum = value_at(decay, state.count)
 
         def accumulate(g: ArrayLike, m: jax.Array) -> jax.Array:
@@ -135,7 +132,7 @@ def scheduled_trace(
             AppliedHyperparams({"momentum": momentum}),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return link(init_fn, update_fn)
 
 
 def scale_by_scheduled_adam(
@@ -211,17 +208,15 @@ def scale_by_scheduled_adam(
 
     def update_fn(
         updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        state: ScaleByScheduledAdamState,
+        params: optax.Params | None,
     ) -> tuple[optax.Updates, ScaleByScheduledAdamState]:
-        state = cast(ScaleByScheduledAdamState, state)
-        del params, extra_args
+        del params
         count = increment(state.count)
         beta1, beta2 = value_at(b1, state.count), value_at(b2, state.count)
         gain1, gain2 = 1 - beta1, 1 - beta2
-        mu_weight = state.mu_weight + gain1 * (1 - state.mu_weight)
-        nu_weight = state.nu_weight + gain2 * (1 - state.nu_weight)
+        mu_weight = weight_after(state.mu_weight, gain1)
+        nu_weight = weight_after(state.nu_weight, gain2)
 
         def first_moment(g: ArrayLike, m: jax.Array) -> jax.Array:
             wide = widen(g)
@@ -259,4 +254,4 @@ def scale_by_scheduled_adam(
             AppliedHyperparams({"b1": beta1}),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return link(init_fn, update_fn)

@@ -22,17 +22,17 @@ from optax_superconv._dials import (
     AppliedHyperparams,
     AppliedMultipliers,
     GroupState,
-    increment,
+    find_states,
 )
-from optax_superconv.transforms._labels import (
+from optax_superconv._numerics import increment
+from optax_superconv._trees import (
     LabelFn,
     Labels,
+    check_entries,
     check_labels,
     check_skeleton,
     is_box,
-    is_masked,
     labels_of,
-    listed,
     names_of,
     skeleton_of,
 )
@@ -166,18 +166,7 @@ def unfreezing(
             steps = thaw_steps
         else:
             steps = thaw_steps(check_labels(labels)) if labels else {}
-        unknown = [label for label in check_labels(labels) if label not in steps]
-        if unknown:
-            raise ValueError(
-                f"`thaw_steps` must have every label, got none for {listed(unknown)} "
-                "(0 trains from the start, None never)."
-            )
-        idle = [label for label in steps if label not in labels]
-        if idle and labels and not is_masked(tree):
-            raise ValueError(
-                f"`thaw_steps` must each have a parameter, got {listed(idle)}, where "
-                f"the labels are {listed(check_labels(labels))}."
-            )
+        check_entries("thaw_steps", steps, labels, tree)
         return [steps[label] for label in labels], steps
 
     def part(tree: Any, thaws: list[int | None], step: int) -> Any:
@@ -337,14 +326,8 @@ def frozen_labels(opt_state: Any) -> set[Any]:
       >>> osc.frozen_labels(tx.init([jnp.ones(2), jnp.ones(2)]))
       {0}
     """
-
-    def is_state(node: Any) -> bool:
-        return isinstance(node, GradualUnfreezingState)
-
     found: set[Any] = set()
-    for state in jax.tree.leaves(opt_state, is_leaf=is_state):
-        if not is_state(state):
-            continue
+    for state in find_states(opt_state, GradualUnfreezingState).values():
         # A Flax NNX optimizer holds its state in Variables, which are pytrees.
         (frozen,) = jax.tree.leaves(state.frozen)
         if isinstance(frozen, jax.core.Tracer | jax.ShapeDtypeStruct):
@@ -354,6 +337,6 @@ def frozen_labels(opt_state: Any) -> set[Any]:
             )
         # The axes of a batch of states come first.
         flags = np.all(np.asarray(frozen).reshape(-1, len(state.groups)), axis=0)
-        for k, group in enumerate(state.groups):
-            found |= set(group.labels) if flags[k] else set()
+        for flag, group in zip(flags, state.groups, strict=True):
+            found.update(group.labels if flag else ())
     return found

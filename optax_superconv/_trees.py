@@ -1,0 +1,236 @@
+"""What is where in a tree of parameters, and what lies in a box?
+
+A path is written ``encoder/block_3/attention/kernel``, whatever the containers are:
+nested dicts, Flax's ``FrozenDict`` and ``nnx.State``, Equinox modules, Haiku's dicts,
+named tuples, lists. An array that Flax keeps in a ``Variable`` or in a box with axis
+names counts as one leaf without a name of its own, so that a path is the same when the
+optimizer is initialised with Variables and updated with arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import KeyPath, all_leaves, keystr, tree_map_with_path
+
+from optax_superconv._checks import listed
+
+Tree = TypeVar("Tree")
+Names = tuple[str, ...]  # From the root to a leaf.
+Labels = Any  # A tree of labels: the parameters' containers, or a prefix of them.
+LabelFn = Callable[[optax.Params], Labels]
+
+
+# --- leaves and boxes -----------------------------------------------------------------
+
+
+def _is_a(node: Any, *names: str) -> bool:
+    """Whether a class of Flax of such a name made this, found without Flax."""
+    return any(
+        base.__name__ in names and base.__module__.startswith("flax.")
+        for base in type(node).__mro__
+    )
+
+
+def _is_any_box(node: Any) -> bool:
+    return _is_a(node, "Variable", "AxisMetadata")
+
+
+def is_box(node: Any) -> bool:
+    """Whether this is one of Flax's boxes, and has its array in it."""
+    return _is_any_box(node) and bool(jax.tree.leaves(node))
+
+
+def is_hole(node: Any) -> bool:
+    """Whether a leaf has been taken out here by ``optax.masked`` or ``partition``."""
+    empty_box = _is_any_box(node) and not jax.tree.leaves(node)
+    return empty_box or isinstance(node, optax.MaskedNode)
+
+
+def is_position(node: Any) -> bool:
+    """A box, or what stands where a leaf has been taken out."""
+    return node is None or is_hole(node) or is_box(node)
+
+
+def array_of(leaf: Any) -> jax.Array:
+    """The array of a leaf, out of its box if it has one."""
+    (array,) = jax.tree.leaves(leaf)
+    return jnp.asarray(array)
+
+
+def copy_tree(tree: Tree, copied: Callable[[Any], Any]) -> Tree:
+    """``copied(leaf)`` for each leaf; what Flax NNX objects share stays shared."""
+    if shares_variables(tree):
+        from flax import nnx
+
+        graph, leaves = nnx.split(tree)
+        return nnx.merge(graph, jax.tree.map(copied, leaves))
+    return jax.tree.map(copied, tree)
+
+
+def shares_variables(tree: Any) -> bool:
+    """Whether a Variable occurs more than once, which a pytree would not know."""
+    nodes = jax.tree.leaves(tree, is_leaf=is_box)
+    variables = [id(node) for node in nodes if _is_a(node, "Variable")]
+    return len(set(variables)) < len(variables)
+
+
+# --- paths ----------------------------------------------------------------------------
+
+
+def path_of(keys: KeyPath) -> str:
+    """The names from the root to here, ``a/b/c``."""
+    return keystr(keys, simple=True, separator="/")
+
+
+def named_leaves(tree: Any, *, holes: bool = False) -> list[tuple[Names, Any]]:
+    """Each leaf and its names; with ``holes``, None and masked leaves too."""
+    is_leaf = is_position if holes else is_box
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return [(tuple(path_of((key,)) for key in keys), leaf) for keys, leaf in found]
+
+
+def paths_of(tree: Any) -> list[str]:
+    """The path of every leaf, in their order."""
+    return ["/".join(names) for names, _ in named_leaves(tree)]
+
+
+def map_with_paths(
+    function: Callable[[str, Any], Any], tree: Any, *, holes: bool = False
+) -> Any:
+    """``function(path, leaf)`` of each leaf; with ``holes``, of None and masked too."""
+    return tree_map_with_path(
+        lambda keys, leaf: function(path_of(keys), leaf),
+        tree,
+        is_leaf=is_position if holes else is_box,
+    )
+
+
+def begins_of(names: Names) -> list[Names]:
+    """From the root down to itself: ``()``, ``(a,)``, ``(a, b)``."""
+    return [names[:k] for k in range(len(names) + 1)]
+
+
+def is_masked(tree: Any) -> bool:
+    """Whether leaves have been taken out by ``optax.masked`` or ``partition``."""
+    return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_position)))
+
+
+# --- trees of labels ------------------------------------------------------------------
+
+
+def is_function(value: Any) -> bool:
+    """Whether this is to be called: an Equinox module of labels can be, and is not."""
+    return callable(value) and all_leaves([value])
+
+
+def check_labels(labels: Iterable[Any], name: str = "param_labels") -> list[Any]:
+    """Distinct labels, sorted; raises unless all are strings or all integers."""
+    labels = list(labels)
+    distinct = set(labels) if all(isinstance(x, Hashable) for x in labels) else {None}
+    if not (
+        all(isinstance(label, str) for label in distinct)
+        or all(
+            isinstance(label, int | np.integer) and not isinstance(label, bool)
+            for label in distinct
+        )
+    ):
+        raise TypeError(
+            f"`{name}` must have labels that are all strings or all integers, got "
+            f"{', '.join(sorted(set(map(repr, labels)))[:8])}."
+        )
+    return sorted(distinct)
+
+
+def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
+    """A label per leaf of ``params``, in their order; a box is one leaf."""
+    positions = named_leaves(params, holes=True)
+    if not positions:
+        return []  # The placeholder of optax.tree.map_params is such a tree.
+    tree = param_labels(params) if is_function(param_labels) else param_labels
+    given = {names: jax.tree.leaves(box)[0] for names, box in named_leaves(tree)}
+    labels: list[Any] = []
+    lost: list[Names] = []
+    for names, leaf in positions:
+        if leaf is None or is_hole(leaf):
+            continue
+        label = next((given[b] for b in begins_of(names) if b in given), None)
+        if label is None:
+            lost.append(names)
+        labels.append(label)
+    used = {begin for names, _ in positions for begin in begins_of(names)}
+    # What is taken out may be a whole subtree of labels.
+    holes = {names for names, leaf in positions if is_hole(leaf)}
+    idle = [n for n in given if n not in used and not holes & {*begins_of(n)}]
+    if lost or idle:
+        reasons = [f"no label for {listed(map('/'.join, lost))}"] * bool(lost)
+        reasons += [f"no parameter at {listed(map('/'.join, idle))}"] * bool(idle)
+        raise ValueError(
+            "`param_labels` must have the structure of the parameters, or be a prefix "
+            f"of it, got {' and '.join(reasons)}. A function `params -> labels`, such "
+            "as `label_by_path(rules)`, has the right structure by itself."
+        )
+    check_labels(labels)
+    return labels
+
+
+def check_entries(
+    name: str, by_label: Mapping[Any, Any], labels: list[Any], params: Any
+) -> None:
+    """Raises unless each label has an entry in the dict, and each entry a parameter."""
+    first = dict(zip(reversed(labels), reversed(paths_of(params)), strict=True))
+    missing = [f"{k} ({first[k]} ...)" for k in sorted(first) if k not in by_label]
+    rule = f"`{name}` must have every label, got none for"
+    if missing:
+        raise ValueError(f"{rule} {listed(missing)}.")
+    idle = [label for label in by_label if label not in first]
+    if idle and labels and not is_masked(params):
+        there = f"where the labels are {listed(sorted(first))}"
+        raise ValueError(
+            f"`{name}` must each have a parameter, got {listed(idle)}, {there}."
+        )
+
+
+def names_of(labels: Iterable[Any]) -> dict[Any, None]:
+    """Labels as part of a state's structure, and not of its data."""
+    return dict.fromkeys(labels)
+
+
+def skeleton_of(params: optax.Params) -> Any:
+    """The containers of the parameters, with an empty tuple for each leaf."""
+
+    def bare(node: Any) -> Any:
+        return optax.MaskedNode() if is_hole(node) else ()
+
+    return jax.tree.map(bare, params, is_leaf=lambda n: is_hole(n) or is_box(n))
+
+
+def check_skeleton(updates: optax.Updates, skeleton: Any) -> None:
+    """Raises unless ``updates`` have the structure that ``init`` has seen."""
+    now = skeleton_of(updates)
+    same: Any = jax.tree.structure(skeleton)
+    if jax.tree.structure(now) == same:
+        return
+
+    def leaves_of(tree: Any) -> set[str]:
+        def is_empty(node: Any) -> bool:
+            return type(node) is tuple and not node
+
+        paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_empty)
+        return {path_of(path) for path, _ in paths}
+
+    before, after = leaves_of(skeleton), leaves_of(now)
+    reasons = [
+        *([f"without {listed(sorted(before - after))}"] if before - after else []),
+        *([f"with {listed(sorted(after - before))} anew"] if after - before else []),
+    ] or [f"containers of another kind ({type(now).__name__} at the root)"]
+    raise ValueError(
+        "`updates` must have the structure of the parameters at `init`, got updates "
+        + " and ".join(reasons)
+        + "."
+    )

@@ -1,0 +1,138 @@
+"""What do averaged parameters look like to a model?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_superconv import _checks
+from optax_superconv._checks import listed
+from optax_superconv._dials import find_states, states_in
+from optax_superconv._numerics import wide_dtype
+from optax_superconv._trees import (
+    Names,
+    array_of,
+    begins_of,
+    is_box,
+    is_hole,
+    named_leaves,
+)
+from optax_superconv.transforms._averages import AverageState
+from optax_superconv.transforms._snapshots import SnapshotState
+
+
+def _positions(averages: optax.Params, params: optax.Params) -> dict[Names, Any]:
+    """What was averaged, by its names; raises unless ``params`` has the same leaves."""
+    found = dict(named_leaves(averages, holes=True))
+    current = dict(named_leaves(params, holes=True))
+    # What is masked may be a whole subtree.
+    holes = {names for names, leaf in found.items() if is_hole(leaf)}
+    missing = [n for n in found if n not in current and n not in holes]
+    new = [n for n in current if n not in found and not holes & {*begins_of(n)}]
+    reasons = [f"no {listed(map('/'.join, missing))}"] * bool(missing)
+    reasons += [f"{listed(map('/'.join, new))} anew"] * bool(new)
+    rule = "of the structure that the average has seen at `init`"
+    _checks.require(not reasons, "params", rule, " and ".join(reasons))
+    return {n: leaf for n, leaf in found.items() if leaf is not None and n not in holes}
+
+
+def _mean(state: AverageState | SnapshotState, leaf: Any) -> jax.Array:
+    """The average of a leaf of the state."""
+    array = array_of(leaf)
+    if isinstance(state, AverageState):
+        return array
+    wide = array.astype(wide_dtype(array))
+    kept = jnp.clip(array_of(state.num_samples), 1, len(wide))
+    return wide.sum(0) / kept.astype(wide.dtype)  # Snapshots not yet taken are 0.
+
+
+def eval_params(
+    opt_state: Any, params: optax.Params, *, name: str | None = None
+) -> Any:
+    """The averaged parameters, ready to evaluate.
+
+    Finds the average at any nesting of the state. Works inside and outside ``jit``.
+
+    Args:
+      opt_state: An optimizer state with an average, such as that of
+        :func:`ema_params`, or any pytree that holds one, such as the ``opt_state`` of
+        an ``nnx.Optimizer`` or a Linen ``TrainState``. A state with a leading axis, as
+        of ``jax.vmap``, needs ``jax.vmap(eval_params)(opt_state, params)``.
+      params: The current parameters, with the paths and the shapes that the optimizer
+        was initialised with. The containers may differ, an ``nnx.State`` for example.
+      name: The ``name`` that the average was made with. None is the only average; a
+        state with several needs a name.
+
+    Returns:
+      The average in the containers, dtypes and Flax Variables of ``params``. Leaves
+      that are not averaged, and all before the first sample, are those of ``params``.
+      Batch statistics belong to parameters: see :func:`recalibrate_batch_stats`.
+
+    Raises:
+      ValueError: If there is no average in the state, or more than one of the same
+        name, as inside of ``optax.partition`` (put the average last in the chain).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_superconv as osc
+      >>> tx = optax.chain(optax.sgd(1.0), osc.ema_params(0.5), osc.swa_params(0))
+      >>> params = {"w": jnp.zeros(())}
+      >>> state = tx.init(params)
+      >>> for _ in range(2):  # Parameters 1 and 2.
+      ...     updates, state = tx.update({"w": -jnp.ones(())}, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(osc.eval_params(state, params, name="swa")["w"])
+      1.5
+    """
+    found = [
+        (name_there, at, state, tree)
+        for at, state in find_states(opt_state, AverageState, SnapshotState).items()
+        for name_there, tree in state[-1].items()
+    ]
+    rule = "of an optimizer with an average"
+    _checks.require(bool(found), "opt_state", rule, states_in(opt_state))
+    known = list(dict.fromkeys(name_there for name_there, *_ in found))
+    if name is None and len(known) == 1:
+        (name,) = known
+    rule = f"one of {', '.join(map(repr, known))}"
+    _checks.require(name in known, "name", rule, repr(name))
+    chosen = [item for item in found if item[0] == name]
+    _checks.require(
+        len(chosen) == 1,
+        "opt_state",
+        f"one with a single average {name!r} (give each a name, put it last in the "
+        "chain and outside of `optax.partition`, or pass a part of the state)",
+        f"several, at {listed(at for _, at, *_ in chosen)}",
+    )
+    ((_, _, state, tree),) = chosen
+    number = array_of(state.num_samples)
+    _checks.require(
+        number.ndim == 0,
+        "opt_state",
+        "of a single run (of several: `jax.vmap(eval_params)(opt_state, params)`)",
+        f"one whose count of samples has the shape {number.shape}",
+    )
+    averages = _positions(tree, params)
+
+    def averaged(names: Names, leaf: Any) -> Any:
+        if names not in averages:
+            return jax.tree.map(lambda array: array, leaf)  # No Variable is shared.
+        average, now = _mean(state, averages[names]), array_of(leaf)
+        _checks.require(
+            now.shape == average.shape,
+            "params",
+            f"of the shapes that the average has seen at `init` ({average.shape} at "
+            f"{'/'.join(names)!r})",
+            now.shape,
+        )
+        value = jnp.where(number > 0, average.astype(now.dtype), now)
+        return jax.tree.map(lambda _: value, leaf)
+
+    return jax.tree.unflatten(
+        jax.tree.structure(params, is_leaf=is_box),
+        [averaged(*item) for item in named_leaves(params)],
+    )

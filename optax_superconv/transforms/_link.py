@@ -1,0 +1,72 @@
+"""What do the links of a chain have in common?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_superconv._dials import AppliedHyperparams, value_at
+from optax_superconv._numerics import increment
+
+State = TypeVar("State", bound=tuple[Any, ...])
+
+
+class ScheduledState(NamedTuple):
+    """State of a transformation that has a single hyperparameter and no memory."""
+
+    count: jax.Array  # (), int32
+    applied: AppliedHyperparams
+
+
+def link(
+    init_fn: optax.TransformInitFn,
+    update: Callable[
+        [optax.Updates, State, optax.Params | None], tuple[optax.Updates, State]
+    ],
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that has no use for extra arguments."""
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, State]:
+        del extra_args
+        return update(updates, cast(State, state), params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def given(params: optax.Params | None, purpose: str) -> optax.Params:
+    """The parameters, or an error that says what they are needed for."""
+    if params is None:
+        raise ValueError(f"`params` must be given to `update` to {purpose}, got None.")
+    return params
+
+
+def scheduled_link(
+    name: str,
+    value: optax.ScalarOrSchedule,
+    apply: Callable[[jax.Array, optax.Updates, optax.Params | None], optax.Updates],
+) -> optax.GradientTransformationExtraArgs:
+    """Applies a recorded constant or schedule: ``apply(value, updates, params)``."""
+
+    def init_fn(params: optax.Params) -> ScheduledState:
+        del params
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledState(count, AppliedHyperparams({name: value_at(value, count)}))
+
+    def update_fn(
+        updates: optax.Updates, state: ScheduledState, params: optax.Params | None
+    ) -> tuple[optax.Updates, ScheduledState]:
+        applied = value_at(value, state.count)
+        return apply(applied, updates, params), ScheduledState(
+            increment(state.count), AppliedHyperparams({name: applied})
+        )
+
+    return link(init_fn, update_fn)
