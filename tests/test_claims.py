@@ -1,4 +1,4 @@
-"""What the README claims, measured again: minutes, on an otherwise idle machine."""
+"""What README and docs/costs.md claim, measured again, on an otherwise idle machine."""
 
 import pathlib
 import subprocess

@@ -51,8 +51,11 @@ def test_code_in_documents_runs(path):
 
 
 def test_readme_opens_with_what_a_new_user_needs():
-    head = (ROOT / "README.md").read_text().splitlines()[:30]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    head = lines[:30]
     assert head[2].count(".") <= 3
+    assert any(line.startswith("pip install .") for line in head[:20])
     text = "\n".join(head)
     assert "make demo" in text
     assert "make test" in text
@@ -61,6 +64,27 @@ def test_readme_opens_with_what_a_new_user_needs():
     assert len([line for line in example.splitlines() if "osc" in line]) <= 3
     (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert (ROOT / picture).stat().st_size > 10_000
+
+
+def test_documents_show_every_picture_and_no_other():
+    shown = {
+        (document.parent / path).resolve()
+        for document in DOCUMENTS
+        for path in re.findall(r"!\[.*?\]\((.*?)\)", document.read_text())
+    }
+    assert shown == {path.resolve() for path in (ROOT / "docs").glob("*.png")}
+
+
+def test_links_between_documents_lead_somewhere():
+    for document in DOCUMENTS:
+        links = re.findall(r"(?<!!)\[[^]]*\]\(([^)]*)\)", document.read_text())
+        for link in links:
+            if not link.startswith("https://"):
+                path, _, heading = link.partition("#")
+                target = document.parent / path if path else document
+                headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M)
+                anchors = {re.sub(r"[^\w -]", "", h).lower() for h in headings}
+                assert not heading or heading.replace("-", " ") in anchors, link
 
 
 def test_contributing_names_tests_that_exist():
