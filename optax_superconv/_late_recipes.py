@@ -17,6 +17,7 @@ from optax_superconv.schedules._phases import (
     phase_schedule,
 )
 from optax_superconv.transforms._cooldown import triggered_cooldown
+from optax_superconv.transforms._link import check_transformation
 from optax_superconv.transforms._momentum import (
     scale_by_scheduled_adam,
     scheduled_trace,
@@ -25,15 +26,17 @@ from optax_superconv.transforms._weight_decay import add_decayed_weights
 
 
 def _late_decay_rate(
-    rates: dict[str, Any],
+    peak: ArrayLike,
+    init: ArrayLike,
+    end: ArrayLike,
     total_steps: int | None,
     warmup_steps: int,
     decay_steps: int | None,
     shape: Shape,
 ) -> optax.GradientTransformationExtraArgs:
     """Warm-up, stable, decay: at a step that is known, or when it is triggered."""
-    check_cycle(rates, "linear")
-    peak, init, end = rates.values()
+    rates = {"init_learning_rate": init, "end_learning_rate": end}
+    check_cycle({"peak_learning_rate": peak} | rates, "linear")
     if shape == "exponential":
         check_positive("peak_learning_rate", peak)
         check_positive("end_learning_rate", end)
@@ -64,11 +67,7 @@ def _last(
 ) -> list[optax.GradientTransformation]:
     if average is None:
         return []
-    if not (hasattr(average, "init") and hasattr(average, "update")):
-        raise TypeError(
-            "`average` must be a gradient transformation such as `ema_params(0.999)`, "
-            f"got {average!r} of type {type(average).__name__}."
-        )
+    check_transformation("average", average, "such as `ema_params(0.999)`")
     return [average]
 
 
@@ -154,17 +153,21 @@ def late_decay_sgd(
     """
     rule = _checks.DECAY_RULE
     _checks.number_or_schedule("momentum", momentum, rule, _checks.decay_rate)
-    rates = {
-        "peak_learning_rate": peak_learning_rate,
-        "init_learning_rate": init_learning_rate,
-        "end_learning_rate": end_learning_rate,
-    }
+    rate = _late_decay_rate(
+        peak_learning_rate,
+        init_learning_rate,
+        end_learning_rate,
+        total_steps,
+        warmup_steps,
+        decay_steps,
+        shape,
+    )
     return optax.chain(
         add_decayed_weights(weight_decay, weight_decay_mask),
         scheduled_trace(
             momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype
         ),
-        _late_decay_rate(rates, total_steps, warmup_steps, decay_steps, shape),
+        rate,
         *_last(average),
     )
 
@@ -246,14 +249,18 @@ def late_decay_adamw(
       Hu et al., `MiniCPM: Unveiling the Potential of Small Language Models
       <https://arxiv.org/abs/2404.06395>`_, 2024, section 4 (warm-up, stable, decay).
     """
-    rates = {
-        "peak_learning_rate": peak_learning_rate,
-        "init_learning_rate": init_learning_rate,
-        "end_learning_rate": end_learning_rate,
-    }
+    rate = _late_decay_rate(
+        peak_learning_rate,
+        init_learning_rate,
+        end_learning_rate,
+        total_steps,
+        warmup_steps,
+        decay_steps,
+        shape,
+    )
     return optax.chain(
         scale_by_scheduled_adam(b1, b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov),
         add_decayed_weights(weight_decay, weight_decay_mask),
-        _late_decay_rate(rates, total_steps, warmup_steps, decay_steps, shape),
+        rate,
         *_last(average),
     )

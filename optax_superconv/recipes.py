@@ -91,13 +91,11 @@ def onecycle_sgd(
       <https://arxiv.org/abs/1803.09820>`_, 2018.
     """
     learning_rate, momentum = onecycle_pair(
-        total_steps,
-        {
-            "peak_learning_rate": peak_learning_rate,
-            "init_learning_rate": init_learning_rate,
-            "end_learning_rate": end_learning_rate,
-        },
+        peak_learning_rate,
+        init_learning_rate,
+        end_learning_rate,
         {"max_momentum": max_momentum, "base_momentum": base_momentum},
+        total_steps,
         shape,
         warmup_steps=warmup_steps,
         annihilation_steps=annihilation_steps or 0,
@@ -186,13 +184,11 @@ def onecycle_adamw(
       <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
     learning_rate, b1 = onecycle_pair(
-        total_steps,
-        {
-            "peak_learning_rate": peak_learning_rate,
-            "init_learning_rate": init_learning_rate,
-            "end_learning_rate": end_learning_rate,
-        },
+        peak_learning_rate,
+        init_learning_rate,
+        end_learning_rate,
         {"max_b1": max_b1, "base_b1": base_b1},
+        total_steps,
         shape,
         warmup_steps=warmup_steps,
         annihilation_steps=annihilation_steps or 0,
@@ -301,13 +297,11 @@ def fine_tune_adamw(
     # Checks decay and min_multiplier where the optimizer is built.
     layerwise_multipliers(range(2), decay, min_multiplier=min_multiplier)
     learning_rate, b1 = onecycle_pair(
-        total_steps,
-        {
-            "peak_learning_rate": peak_learning_rate,
-            "init_learning_rate": init_learning_rate,
-            "end_learning_rate": end_learning_rate,
-        },
+        peak_learning_rate,
+        init_learning_rate,
+        end_learning_rate,
         {"max_b1": max_b1, "base_b1": base_b1},
+        total_steps,
         shape,
         warmup_steps=warmup_steps,
         annihilation_steps=annihilation_steps or 0,

@@ -217,9 +217,11 @@ def onecycle_momentum_schedule(
 
 
 def onecycle_pair(
+    peak_learning_rate: ArrayLike,
+    init_learning_rate: ArrayLike | None,
+    end_learning_rate: ArrayLike,
+    momenta: dict[str, ArrayLike],
     total_steps: int,
-    rates: dict[str, Any],
-    momenta: dict[str, Any],
     shape: Shape,
     *,
     rise_steps: int = 0,
@@ -229,12 +231,15 @@ def onecycle_pair(
 
     For ``rise_steps`` the rate rises to its peak once before the cycle.
     """
-    check_cycle({k: v for k, v in rates.items() if v is not None}, shape)
+    peak, init, end = peak_learning_rate, init_learning_rate, end_learning_rate
+    lower = {"end_learning_rate": end}
+    if init is not None:
+        lower = {"init_learning_rate": init} | lower
+        if durations["annihilation_steps"]:
+            check_cycle(lower, shape)
+    check_cycle({"peak_learning_rate": peak} | lower, shape)
     check_cycle(momenta, shape, _checks.DECAY_RULE, _checks.decay_rate)
-    peak, init, end = rates.values()
     high, low = momenta.values()
-    if durations["annihilation_steps"] and init is not None:
-        check_cycle({k: v for k, v in rates.items() if k[:4] != "peak"}, shape)
     durations |= {"shape": shape, "total_steps": total_steps - rise_steps}
     rate = onecycle_schedule(peak, init_value=init, end_value=end, **durations)
     momentum = onecycle_momentum_schedule(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ import optax
 
 from optax_superconv._dials import AppliedHyperparams, value_at
 from optax_superconv._numerics import increment
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs  # Known to every type checker.
 
 State = TypeVar("State", bound=tuple[Any, ...])
 
@@ -47,6 +50,20 @@ def given(params: optax.Params | None, purpose: str) -> optax.Params:
     if params is None:
         raise ValueError(f"`params` must be given to `update` to {purpose}, got None.")
     return params
+
+
+def is_transformation(value: Any) -> TypeIs[optax.GradientTransformation]:
+    """Whether this can stand in a chain."""
+    return hasattr(value, "init") and hasattr(value, "update")
+
+
+def check_transformation(name: str, value: Any, example: str) -> None:
+    """Raises unless this can stand in a chain."""
+    if not is_transformation(value):
+        raise TypeError(
+            f"`{name}` must be a gradient transformation {example}, got {value!r} of "
+            f"type {type(value).__name__}."
+        )
 
 
 def scheduled_link(

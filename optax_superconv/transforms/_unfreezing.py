@@ -9,7 +9,7 @@ state per distinct thaw step. It is left alone until then, and counts from there
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.core
@@ -36,9 +36,7 @@ from optax_superconv._trees import (
     names_of,
     skeleton_of,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs  # Known to every type checker.
+from optax_superconv.transforms._link import check_transformation, is_transformation
 
 
 class GradualUnfreezingState(NamedTuple):
@@ -117,26 +115,17 @@ def gradual_unfreezing(
       Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.3.
     """
-    if not _is_transformation(inner) and not callable(inner):
-        raise TypeError(
-            "`inner` must be a gradient transformation or a function that makes one, "
-            f"got {inner!r} of type {type(inner).__name__}."
-        )
+    if not callable(inner):
+        check_transformation("inner", inner, "or a function that makes one")
 
     def make_inner(step: int) -> optax.GradientTransformation:
-        made = inner if _is_transformation(inner) else inner(step)
-        if not _is_transformation(made):
-            raise TypeError(
-                f"`inner` must make a gradient transformation, got {made!r} of type "
-                f"{type(made).__name__}."
-            )
+        if is_transformation(inner):
+            return inner
+        made = inner(step)
+        check_transformation("inner", made, f"if it is called with {step}")
         return made
 
     return unfreezing(make_inner, _checked_steps(thaw_steps), param_labels)
-
-
-def _is_transformation(value: Any) -> TypeIs[optax.GradientTransformation]:
-    return hasattr(value, "init") and hasattr(value, "update")
 
 
 def unfreezing(
