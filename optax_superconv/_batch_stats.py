@@ -62,7 +62,8 @@ def _is_average(at_near: Any, rest: Any, own: Any, again: Any) -> bool:
     at_near, *three = (np.asarray(x, np.float64) for x in (at_near, rest, own, again))
     # If these are not finite, the batch is at fault, which is found out later.
     rest, own, again = (x[np.isfinite(at_near)] for x in three)
-    error, size = np.abs(again - own), np.max(np.abs(own), initial=0)
+    with np.errstate(invalid="ignore"):
+        error, size = np.abs(again - own), np.max(np.abs(own), initial=0)
     return bool(np.all(error <= 32 * eps * size) and np.all(rest > 100 * eps))
 
 
@@ -75,7 +76,7 @@ def _check_averages(names: list[str], held: Any, *values: Any) -> None:
     bad = [name for name, is_good in zip(names, good, strict=True) if not is_good]
     rule = (
         "a forward pass that sets each float leaf to m * old + (1 - m) * the batch's "
-        "own, with m below 0.9999"
+        "own, with m at most 0.9999"
     )
     advice = (
         ". Build the norm with a momentum of 0, which changes no result; close over "
@@ -252,7 +253,8 @@ def recalibrate_batch_stats(
       ...     variables = {"params": params, "batch_stats": stats}
       ...     _, new = model.apply(variables, batch, mutable=["batch_stats"])
       ...     return new["batch_stats"]
-      >>> forward, stats = Partial(update_fn, variables["params"]), variables["batch_stats"]
+      >>> forward = Partial(update_fn, variables["params"])
+      >>> stats = variables["batch_stats"]
       >>> stats = osc.recalibrate_batch_stats(forward, stats, batches)
       >>> print(stats["mean"].round(4), stats["var"].round(4))
       [3.] [4.5]
@@ -275,7 +277,8 @@ def recalibrate_batch_stats(
     names = [list(shapes)[k] for k in places]
     means = _means_of(pairs, names)
     narrow = [arrays[k] for k in places]
-    old = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in narrow]
+    wide = [jnp.float64 if x.dtype == jnp.float64 else jnp.float32 for x in narrow]
+    old = [x.astype(dtype) for x, dtype in zip(narrow, wide, strict=True)]
 
     def filled(values: Iterable[jax.Array]) -> Any:
         new = dict(enumerate(leaves)) | dict(zip(places, values, strict=True))
