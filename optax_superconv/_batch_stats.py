@@ -33,20 +33,17 @@ def _apply(update_fn: Callable[..., Any], stats: Any, batch: Any) -> Any:
 
 @jax.jit
 def _solve(*leaves: list[jax.Array]) -> Any:
-    """For each leaf: what is held, 1 - m, and the old values to evaluate at."""
+    """For each leaf what is held, 1 - m, and the old values to evaluate at.
+
+    What the forward pass leaves alone is held, such as the statistics of frozen norms,
+    which norms behind them depend on. Its m is 0 once it is evaluated at its old value.
+    """
 
     def one(old: Any, near: Any, far: Any, at_near: Any, at_far: Any) -> Any:
-        # What the forward pass leaves alone, such as the statistics of frozen norms,
-        # stays: norms behind it depend on it.
         held = (at_near == near) & (at_far == far)
         slope = (at_far.astype(old.dtype) - at_near.astype(old.dtype)) / _FAR
-        near, far = jnp.zeros_like(old), jnp.full_like(old, _FAR)
-        return (
-            held,
-            jnp.where(held, 1, 1 - slope),
-            jnp.where(held, old, near),
-            jnp.where(held, old, far),
-        )
+        near, far = (jnp.where(held, old, jnp.full_like(old, x)) for x in (0, _FAR))
+        return held, 1 - slope, near, far
 
     return tuple(zip(*map(one, *leaves), strict=True))
 
@@ -113,12 +110,12 @@ def _means_of(pairs: Any, names: list[str]) -> tuple[int | None, ...]:
         if not isinstance(pair, tuple | list) or [*map(type, pair)] != [str, str]:
             raise TypeError(f"`pairs` must hold pairs of two names, got {pair!r}.")
         mean, var = (f"/{name}" for name in pair)
-        beside = {
-            k: where.get(name.removesuffix(var) + mean)
+        found = {
+            k: where[partner]
             for name, k in where.items()
             if name.endswith(var)
+            and (partner := name.removesuffix(var) + mean) in where
         }
-        found = {k: partner for k, partner in beside.items() if partner is not None}
         rule = "names of float leaves side by side in `stats`, () if it has no variance"
         got = f"{pair!r} and leaves {listed(names)}"
         _checks.require(bool(found), "pairs", rule, got)
@@ -270,13 +267,13 @@ def recalibrate_batch_stats(
     if isinstance(update_fn, Partial):  # What it holds is traced as well.
         run = functools.partial(_apply, update_fn)
     leaves, structure = jax.tree.flatten(stats)
-    shapes, arrays = _shapes(stats), list(map(jnp.asarray, leaves))
-    places = [k for k, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    leaves, shapes = list(map(jnp.asarray, leaves)), _shapes(stats)
+    places = [k for k, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
     rule = "a pytree with float leaves"
     _checks.require(bool(places), "stats", rule, listed(shapes) or "no leaves")
     names = [list(shapes)[k] for k in places]
     means = _means_of(pairs, names)
-    narrow = [arrays[k] for k in places]
+    narrow = [leaves[k] for k in places]
     wide = [jnp.float64 if x.dtype == jnp.float64 else jnp.float32 for x in narrow]
     old = [x.astype(dtype) for x, dtype in zip(narrow, wide, strict=True)]
 
@@ -313,6 +310,7 @@ def recalibrate_batch_stats(
         seen += num_examples
         total, is_finite = _join(total, at_near, rests, num_examples / seen, means)
         finite.append(is_finite)
+        jax.block_until_ready(finite[-2:-1])  # So that few batches are on their way.
     _checks.require(seen > 0, "batches", "at least one batch", "none")
     if not _is_traced(finite):
         rule = "batches whose statistics are finite"

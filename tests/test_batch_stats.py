@@ -32,12 +32,9 @@ def inputs(sizes=SIZES, seed=0):
 
 
 class _Dense(nnx.Module):
-    def __init__(self, rngs, **norm):
-        def three(make):
-            return nnx.List([make() for _ in range(3)])
-
-        self.layers = three(lambda: nnx.Linear(WIDTH, WIDTH, rngs=rngs))
-        self.norms = three(lambda: nnx.BatchNorm(WIDTH, rngs=rngs, **norm))
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(3)])
+        self.norms = nnx.List([nnx.BatchNorm(WIDTH, rngs=rngs) for _ in range(3)])
 
     def __call__(self, x):
         for layer, norm in zip(self.layers, self.norms, strict=True):
@@ -64,80 +61,66 @@ def perturbed(params):
     return structure.unflatten([jnp.asarray(n, jnp.float32) for n in noise])
 
 
-def nnx_update(graph, params, stats, batch):
-    model = nnx.merge(graph, params, stats)
-    model(batch)
-    return nnx.state(model, nnx.BatchStat)
+def read(tree, part, *names):
+    """For each of three layers or norms, its arrays of these names."""
+    tree = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+    parts = [tree[part][k] if part in tree else tree[f"{part}_{k}"] for k in range(3)]
+    return [[part[name] for name in names] for part in parts]
 
 
-@pytest.fixture
-def dense():
-    """A forward pass, statistics, and a function to read both in order."""
+def nnx_dense():
     graph, params, stats = nnx.split(_Dense(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
-    params = perturbed(params)
 
-    def read(tree, *names):
-        pure = nnx.to_pure_dict(tree)
-        places = {"kernel": "layers", "scale": "norms", "mean": "norms"}
-        part = pure[places[names[0]]]
-        return [[part[k][name] for name in names] for k in range(3)]
+    def update_fn(params, stats, batch):
+        model = nnx.merge(graph, params, stats)
+        model(batch)
+        return nnx.state(model, nnx.BatchStat)
 
-    weights = zip(
-        read(params, "kernel", "bias"), read(params, "scale", "bias"), strict=True
-    )
-    weights = [[*layer, *norm] for layer, norm in weights]
-    update_fn = Partial(nnx_update, graph, params)
-    return update_fn, stats, weights, lambda stats: read(stats, "mean", "var")
+    return Partial(update_fn, perturbed(params)), stats
 
 
-@pytest.fixture
 def linen_dense():
     model = _LinenDense()
     variables = jax.jit(model.init)(jax.random.key(0), inputs()[0])
-    params = perturbed(variables["params"])
 
     def update_fn(params, stats, batch):
         variables = {"params": params, "batch_stats": stats}
         return model.apply(variables, batch, mutable=["batch_stats"])[1]["batch_stats"]
 
-    weights = [
-        [
-            *(params[f"layers_{k}"][name] for name in ("kernel", "bias")),
-            *(params[f"norms_{k}"][name] for name in ("scale", "bias")),
-        ]
-        for k in range(3)
-    ]
-
-    def read(stats):
-        norms = [stats[f"norms_{k}"] for k in range(3)]
-        return [[norm["mean"], norm["var"]] for norm in norms]
-
-    return Partial(update_fn, params), variables["batch_stats"], weights, read
+    return Partial(update_fn, perturbed(variables["params"])), variables["batch_stats"]
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    for got, wanted in zip(found, expected, strict=True):
-        for one, other in zip(got, wanted, strict=True):
-            np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+def assert_population(found, update_fn, batches):
+    (params,) = update_fn.args
+    layers = read(params, "layers", "kernel", "bias")
+    norms = read(params, "norms", "scale", "bias")
+    weights = [(*layer, *norm) for layer, norm in zip(layers, norms, strict=True)]
+    expected = batch_stats(weights, batches)
+    for got, wanted in zip(read(found, "norms", "mean", "var"), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", ["dense", "linen_dense"])
-def test_statistics_are_those_of_all_examples(network, request):
-    update_fn, stats, weights, read = request.getfixturevalue(network)
+@pytest.mark.parametrize("network", [nnx_dense, linen_dense])
+def test_statistics_are_those_of_all_examples(network):
+    update_fn, stats = network()
     found = recalibrate_batch_stats(update_fn, stats, inputs())
-    assert_close(read(found), batch_stats(weights, inputs()))
+    assert_population(found, update_fn, inputs())
 
 
-def test_one_batch_of_all_is_what_evaluation_needs(dense):
-    update_fn, stats, *_ = dense
-    graph, params = update_fn.args
-    whole = jnp.concatenate(inputs())
-    found = recalibrate_batch_stats(update_fn, stats, [whole])
-    model = nnx.merge(graph, params, found)
-    trained = model(whole)
-    model = nnx.merge(graph, params, found)
+def test_one_batch_of_all_is_what_evaluation_needs():
+    model = _Dense(nnx.Rngs(0))
+    graph, stats, params = nnx.split(model, nnx.BatchStat, ...)
+    everything = jnp.concatenate(inputs())
+
+    def update_fn(stats, x):
+        model = nnx.merge(graph, stats, params)
+        model(x)
+        return nnx.state(model, nnx.BatchStat)
+
+    nnx.update(model, recalibrate_batch_stats(update_fn, stats, [everything]))
+    trained = nnx.clone(model)(everything)
     model.eval()
-    np.testing.assert_allclose(model(whole), trained, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model(everything), trained, rtol=1e-4, atol=1e-5)
 
 
 # --- plain functions ------------------------------------------------------------------
@@ -225,18 +208,6 @@ def test_a_leaf_in_no_pair_is_the_mean_of_the_examples():
     np.testing.assert_allclose(found["size"], expected, rtol=1e-5)
 
 
-def test_pairs_by_other_names():
-    def update_fn(stats, x):
-        new = averaging(0.9)({"mean": stats["a"]["ema"], "var": stats["b"]["ema"]}, x)
-        return {"a": {"ema": new["mean"]}, "b": {"ema": new["var"]}}
-
-    stats = {"a": {"ema": jnp.zeros(WIDTH)}, "b": {"ema": jnp.zeros(WIDTH)}}
-    found = recalibrate_batch_stats(
-        update_fn, stats, inputs(), pairs=[("a/ema", "b/ema")]
-    )
-    np.testing.assert_allclose(found["b"]["ema"], whole().var(0), rtol=1e-5)
-
-
 @pytest.mark.parametrize("kind", [iter, list, np.stack])
 def test_batches_come_in_any_form(kind):
     batches = inputs((7, 7, 7))
@@ -308,14 +279,14 @@ def test_the_statistics_that_are_given_stay():
     assert_same_bits(stats, before)
 
 
-def test_nnx_returns_what_nnx_state_returns(dense):
-    update_fn, stats, *_ = dense
+def test_nnx_returns_what_nnx_state_returns():
+    update_fn, stats = nnx_dense()
     found = recalibrate_batch_stats(update_fn, stats, inputs())
     assert jax.tree.structure(found) == jax.tree.structure(stats)
 
 
-def test_the_container_that_is_given_comes_back(linen_dense):
-    update_fn, stats, *_ = linen_dense  # Which returns dicts.
+def test_the_container_that_is_given_comes_back():
+    update_fn, stats = linen_dense()  # Which returns dicts.
     found = recalibrate_batch_stats(update_fn, FrozenDict(stats), inputs())
     assert isinstance(found, FrozenDict)
 
@@ -323,17 +294,15 @@ def test_the_container_that_is_given_comes_back(linen_dense):
 # --- transformations ------------------------------------------------------------------
 
 
-def test_under_jit(dense):
-    update_fn, stats, weights, read = dense
-    found = jax.jit(lambda *args: recalibrate_batch_stats(update_fn, *args))(
-        stats, inputs()
-    )
-    assert_close(read(found), batch_stats(weights, inputs()))
+def test_under_jit():
+    update_fn, stats = nnx_dense()
+    found = jax.jit(recalibrate_batch_stats)(update_fn, stats, inputs())
+    assert_population(found, update_fn, inputs())
 
 
 @pytest.mark.parametrize("closure", [False, True])
-def test_several_weights_under_vmap(linen_dense, closure):
-    update_fn, stats, *_ = linen_dense
+def test_several_weights_under_vmap(closure):
+    update_fn, stats = linen_dense()
 
     def run(scale):
         params = jax.tree.map(lambda p: scale * p, update_fn.args[0])
@@ -352,8 +321,8 @@ def test_several_weights_under_vmap(linen_dense, closure):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_examples(linen_dense, kind):
-    update_fn, stats, weights, read = linen_dense
+def test_sharded_examples(kind):
+    update_fn, stats = linen_dense()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     over_examples = NamedSharding(mesh, PartitionSpec("data"))
@@ -361,7 +330,7 @@ def test_sharded_examples(linen_dense, kind):
     update_fn, stats = jax.device_put((update_fn, stats), everywhere)
     found = recalibrate_batch_stats(update_fn, stats, batches)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(found))
-    assert_close(read(found), batch_stats(weights, inputs((16, 8, 16))))
+    assert_population(found, update_fn, inputs((16, 8, 16)))
 
 
 def test_a_function_is_traced_once_per_shape():
@@ -374,6 +343,18 @@ def test_a_function_is_traced_once_per_shape():
     for _ in range(2):
         recalibrate_batch_stats(update_fn, fresh(), inputs())
     assert shapes == [(7, WIDTH), (3, WIDTH)]
+
+
+def test_batches_after_the_first_are_evaluated_once():
+    sizes = []
+
+    def update_fn(stats, x):
+        sizes.append(len(x))
+        return averaging(0.9)(stats, x)
+
+    with jax.disable_jit():
+        recalibrate_batch_stats(update_fn, fresh(), inputs((6, 5, 4)))
+    assert sizes == [6, 6, 6, 5, 4]
 
 
 def test_other_weights_in_a_partial_are_not_traced_again():
