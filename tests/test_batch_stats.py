@@ -199,12 +199,12 @@ def test_strict_promotion(strict):
 
 def test_a_leaf_in_no_pair_is_the_mean_of_the_examples():
     def update_fn(stats, x):
-        size = jnp.sqrt(jnp.mean(jnp.square(x)))
+        size = 1e17 * jnp.sqrt(jnp.mean(jnp.square(x)))
         return {**averaging(0.9)(fresh(), x), "size": 0.9 * stats["size"] + 0.1 * size}
 
     found = recalibrate_batch_stats(update_fn, {**fresh(), "size": 1.0}, inputs())
     sizes = [np.sqrt(np.mean(np.square(batch))) for batch in inputs()]
-    expected = np.average(sizes, weights=SIZES)
+    expected = 1e17 * np.average(sizes, weights=SIZES)
     np.testing.assert_allclose(found["size"], expected, rtol=1e-5)
 
 
@@ -270,13 +270,6 @@ def test_a_frozen_norm_keeps_its_statistics_and_is_used(transform):
     assert_same_bits(found["frozen"], FROZEN)
     seen = np.tanh((whole() - 0.7) / np.sqrt(np.float32(3) + 1e-5))
     np.testing.assert_allclose(found["norm"]["var"], seen.var(0), rtol=1e-5)
-
-
-def test_the_statistics_that_are_given_stay():
-    stats = fresh()
-    before = jax.tree.map(np.array, stats)
-    recalibrate_batch_stats(averaging(0.9), stats, inputs())
-    assert_same_bits(stats, before)
 
 
 def test_nnx_returns_what_nnx_state_returns():
@@ -430,18 +423,21 @@ def haiku_norm(decay_rate):
     def update_fn(state, x):
         return network.apply(params, state, None, x, is_training=True)[1]
 
-    return network, params, state, update_fn
+    return state, update_fn
 
 
 def test_haiku_without_momentum():
-    _, _, state, update_fn = haiku_norm(0.0)
+    state, update_fn = haiku_norm(0.0)
     found = recalibrate_batch_stats(update_fn, state, inputs(), pairs=HAIKU_PAIRS)
     found = found["batch_norm/~/var_ema"]["average"][0]
     np.testing.assert_allclose(found, whole().var(0), rtol=1e-5)
 
 
-def test_haiku_averages_that_are_debiased_are_refused():
-    _, _, state, update_fn = haiku_norm(0.9)
+@pytest.mark.parametrize("steps", [0, 90])
+def test_haiku_averages_that_are_debiased_are_refused(steps):
+    state, update_fn = haiku_norm(0.9)
+    for average in state.values():
+        average["counter"] = jnp.int32(steps)
     names = [f"batch_norm/~/{k}_ema/average" for k in ("mean", "var")]
     with pytest.raises(ValueError, match=re.escape(f"others at {str(names)[1:-1]}. ")):
         recalibrate_batch_stats(update_fn, state, inputs(), pairs=HAIKU_PAIRS)
