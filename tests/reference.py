@@ -453,3 +453,23 @@ def polynomial_decay_average(samples, power):
         share = (power + 1) / (t + power)
         mean = (1 - share) * mean + share * sample
     return mean
+
+
+def batch_stats(weights, batches, eps=1e-5):
+    """(mean, variance) of each norm's inputs, as Izmailov et al. (2018) find them.
+
+    ``weights``: (kernel, bias, scale, offset) of dense layers, each with a norm and a
+    tanh. Every batch is normalised by its own moments.
+    """
+    parts = [np.asarray(batch, np.float64) for batch in batches]
+    found = []
+    for layer in weights:
+        kernel, bias, scale, offset = (np.asarray(w, np.float64) for w in layer)
+        parts = [part @ kernel + bias for part in parts]
+        population = np.concatenate(parts)
+        found.append((population.mean(0), population.var(0)))
+        parts = [
+            np.tanh((p - p.mean(0)) / np.sqrt(p.var(0) + eps) * scale + offset)
+            for p in parts
+        ]
+    return found
