@@ -145,14 +145,21 @@ class Run:
         return run
 
 
+def new_stats(params, stats, images):
+    """The batch statistics after one more batch, in training mode."""
+    model = nnx.merge(GRAPH, params, stats, copy=True)
+    model(images)
+    return nnx.state(model, nnx.BatchStat)
+
+
 def results(run):
     """(loss, accuracy) on test images of the last weights and of their average."""
     params, stats, opt_state = run.state
     average = osc.eval_params(opt_state, params)
-    model = nnx.merge(GRAPH, params, stats, copy=True)
     keys = jax.random.split(jax.random.key(run.seed), 8)
     seen = [noisy(key, run.data[0][0]) for key in keys]  # As it was trained on.
-    own = osc.recalibrate_batch_stats(model, average, seen)
+    forward = jax.tree_util.Partial(new_stats, average)
+    own = osc.recalibrate_batch_stats(forward, stats, seen)
     return [
         evaluate(params, stats, run.data[2]),
         evaluate(average, own, run.data[2]),
