@@ -63,6 +63,16 @@ def array_of(leaf: Any) -> jax.Array:
     return jnp.asarray(array)
 
 
+def boxed_as(leaf: Any, array: jax.Array) -> Any:
+    """The array in a new box like that of the leaf, or bare."""
+    return jax.tree.map(lambda _: array, leaf)
+
+
+def in_new_boxes(tree: Tree) -> Tree:
+    """The same arrays in boxes of their own, which an owner may write into."""
+    return jax.tree.map(lambda array: array, tree)
+
+
 def copy_tree(tree: Tree, copied: Callable[[Any], Any]) -> Tree:
     """``copied(leaf)`` for each leaf; what Flax NNX objects share stays shared."""
     if shares_variables(tree):

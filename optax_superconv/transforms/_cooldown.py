@@ -27,7 +27,7 @@ from optax_superconv._dials import (
     value_at,
 )
 from optax_superconv._numerics import increment, scale
-from optax_superconv._trees import array_of, path_of
+from optax_superconv._trees import array_of, boxed_as, in_new_boxes, path_of
 from optax_superconv.schedules._phases import Shape, check_positive, check_shape, move
 from optax_superconv.transforms._link import link
 
@@ -194,11 +194,9 @@ def _started(
     idle = (steps == 0) & (length > 0)
     new_start = jnp.where(idle, count, start)
     new_steps = jnp.where(idle, length, steps)
-    # A Flax Variable stays what it is, but is not shared: its owner writes into it.
-    state = jax.tree.map(lambda leaf: leaf, state)
-    return state._replace(
-        start_step=jax.tree.map(lambda _: new_start, state.start_step),
-        cooldown_steps=jax.tree.map(lambda _: new_steps, state.cooldown_steps),
+    return in_new_boxes(state)._replace(
+        start_step=boxed_as(state.start_step, new_start),
+        cooldown_steps=boxed_as(state.cooldown_steps, new_steps),
     )
 
 

@@ -16,6 +16,8 @@ from optax_superconv._trees import (
     Names,
     array_of,
     begins_of,
+    boxed_as,
+    in_new_boxes,
     is_box,
     is_hole,
     named_leaves,
@@ -120,7 +122,7 @@ def eval_params(
 
     def averaged(names: Names, leaf: Any) -> Any:
         if names not in averages:
-            return jax.tree.map(lambda array: array, leaf)  # No Variable is shared.
+            return in_new_boxes(leaf)
         average, now = _mean(state, averages[names]), array_of(leaf)
         _checks.require(
             now.shape == average.shape,
@@ -130,7 +132,7 @@ def eval_params(
             now.shape,
         )
         value = jnp.where(number > 0, average.astype(now.dtype), now)
-        return jax.tree.map(lambda _: value, leaf)
+        return boxed_as(leaf, value)
 
     return jax.tree.unflatten(
         jax.tree.structure(params, is_leaf=is_box),

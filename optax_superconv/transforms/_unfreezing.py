@@ -317,8 +317,7 @@ def frozen_labels(opt_state: Any) -> set[Any]:
     """
     found: set[Any] = set()
     for state in find_states(opt_state, GradualUnfreezingState).values():
-        # A Flax NNX optimizer holds its state in Variables, which are pytrees.
-        (frozen,) = jax.tree.leaves(state.frozen)
+        (frozen,) = jax.tree.leaves(state.frozen)  # Out of its box, if it has one.
         if isinstance(frozen, jax.core.Tracer | jax.ShapeDtypeStruct):
             raise TypeError(
                 "`opt_state` must be concrete to tell what is frozen, got "
