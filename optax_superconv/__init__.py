@@ -8,7 +8,6 @@ from optax_superconv import plotting
 from optax_superconv._dials import read_hyperparams, scale_by_learning_rate
 from optax_superconv.finders._curvature import (
     SharpnessResult,
-    hessian_free_rate,
     sharpness,
     stability_limit,
 )
@@ -77,7 +76,6 @@ __all__ = [
     "geometric_multipliers",
     "gradual_unfreezing",
     "grid_test",
-    "hessian_free_rate",
     "label_by_depth",
     "label_by_path",
     "late_decay_adamw",
