@@ -150,7 +150,8 @@ def test_python_numbers_in_state_and_batch_are_traced_once_too_under_vmap():
     @jax.jit
     def step_fn(state, hyperparams, batch):
         next(traces)
-        return {"w": state["w"] * 1.0, "n": 7}, hyperparams["a"] * batch * state["w"]
+        w = state["w"] * jnp.float32(1.0)  # No longer a Python number's type.
+        return {"w": w, "n": 7}, hyperparams["a"] * batch * state["w"]
 
     result = run(
         step_fn=step_fn,
@@ -227,6 +228,18 @@ def test_a_member_that_diverged_is_trained_no_further():
     assert ran.count(2.0) <= 3 + 16
     assert result.diverged.tolist() == [False, True]
     assert result.scores.tolist() == [1.0, np.inf]
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_grid_ends_when_all_members_have_diverged(vectorize):
+    iterator = itertools.count()
+
+    def step_fn(state, hyperparams, batch):
+        return state, jnp.where(batch > 20, jnp.nan, hyperparams["a"])
+
+    options = {"step_fn": step_fn, "batches": iterator, "vectorize": vectorize}
+    run(**options, state=0, grid={"a": [1.0, 2.0]}, num_steps=100)
+    assert 21 < next(iterator) <= 21 + 16
 
 
 @pytest.mark.parametrize("vectorize", [True, False])

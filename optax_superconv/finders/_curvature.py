@@ -144,7 +144,6 @@ def _lanczos(
         largest = jnp.maximum(largest, jnp.abs(alpha) + beta)
         # What remains is rounding: the space is at its end. (Not-a-number goes on.)
         done = beta <= jnp.finfo(beta.dtype).eps * largest
-        beta = jnp.where(done, 0, beta)
         v = _scale(jnp.where(done, 0, 1 / jnp.where(done, 1, beta)), w)
         return (basis, v, largest), (alpha, beta, done)
 

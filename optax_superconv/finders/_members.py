@@ -44,7 +44,7 @@ def one_by_one(
         {name: jax.device_put(column[k], place) for name, column in values.items()}
         for k, place in enumerate(places)
     ]
-    climbing = [] if ladder is None else list(ladder)
+    climbing = {} if ladder is None else {"learning_rate": list(ladder)}
     rates = {place: jax.device_put(climbing, place) for place in places}
     before = _runs.layout(state)
 
@@ -52,9 +52,8 @@ def one_by_one(
         batches = {place: _runs.put(batch, place) for place in rates}
         losses: list[Any] = [np.nan] * num_members
         for k in np.flatnonzero(alive):
-            hyperparams = dict(fixed[k])
-            if climbing:
-                hyperparams["learning_rate"] = rates[places[k]][step]
+            rate = {name: rungs[step] for name, rungs in rates[places[k]].items()}
+            hyperparams = fixed[k] | rate
             result = step_fn(states[k], hyperparams, batches[places[k]])
             if step == k == 0:
                 _runs.check_step(before, result)
@@ -84,7 +83,8 @@ def together(
         name: jax.device_put(np.pad(column, (0, padding), mode="edge"), members)
         for name, column in values.items()
     }
-    rates = None if ladder is None else jax.device_put(list(ladder), each)
+    climbing = {} if ladder is None else {"learning_rate": list(ladder)}
+    rates = jax.device_put(climbing, each)
     before = _runs.layout(state)
 
     def start_fn(state: Any) -> Any:
@@ -95,10 +95,8 @@ def together(
 
     @partial(jax.jit, donate_argnums=0)
     def advance_fn(states: Any, hyperparams: Any, rate: Any, batch: Any) -> Any:
-        climbing = {} if rate is None else {"learning_rate": rate}
-
         def member_fn(state: Any, hyperparams: Any) -> Any:
-            result = step_fn(state, hyperparams | climbing, batch)
+            result = step_fn(state, hyperparams | rate, batch)
             _runs.check_step(before, result)
             return jax.tree.map(_runs.strong, result)
 
@@ -109,7 +107,7 @@ def together(
     def advance(step: int, batch: Any, alive: np.ndarray) -> jax.Array:
         nonlocal states
         del alive  # All take the step: what has diverged costs nothing.
-        rate = None if rates is None else rates[step]
+        rate = {name: rungs[step] for name, rungs in rates.items()}
         batch = _runs.put(batch, each)
         states, losses = advance_fn(states, hyperparams, rate, batch)
         return losses
