@@ -2,7 +2,8 @@
 
 Range tests with their spread, the convergence threshold with its regimes, the limit
 that curvature sets, and a grid of weight decays. Then one cycle is trained at each rate
-that was found and at a grid of rates: the table says where each lands among them.
+that was found and at a grid of rates: the table says where each lands among them. At
+last a constant rate at the threshold and above it, and fine-tuning at a small one.
 
     python examples/02_find_the_rate.py [--smoke] [--out FOLDER]
 """
@@ -53,6 +54,10 @@ def loss_fn(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
+def accuracy(params, data):
+    return (nnx.merge(GRAPH, params)(data[0]).argmax(-1) == data[1]).mean()
+
+
 def sgd(learning_rate, weight_decay=0.0):
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(decay, optax.sgd(learning_rate, 0.9, nesterov=True))
@@ -70,6 +75,7 @@ def step_fn(state, learning_rate, batch):
     return update(sgd(learning_rate), state, batch)
 
 
+@jax.jit
 def grid_step_fn(state, hyperparams, batch):
     return update(sgd(**hyperparams), state, batch)
 
@@ -105,13 +111,22 @@ def make_one_cycle(train, test, num_steps):
         start = params, tx.init(params)
         body = functools.partial(update, tx)
         (params, _), _ = jax.lax.scan(body, start, batches)
-        return (nnx.merge(GRAPH, params)(test[0]).argmax(-1) == test[1]).mean()
+        return accuracy(params, test)
 
     def accuracies(rate, seeds):
         arms = ((init(s), stacked_batches(train, s, num_steps)) for s in seeds)
         return 100 * np.array([run(np.float32(rate), *arm) for arm in arms])
 
     return accuracies
+
+
+def train_at(rates, train, test, seed):
+    """Test accuracy (%) after a step at each of these rates."""
+    state = start(seed)
+    batches = zip(*stacked_batches(train, seed, len(rates)), strict=True)
+    for rate, batch in zip(np.asarray(rates, np.float32), batches, strict=True):
+        state, _ = step_fn(state, rate, batch)
+    return 100 * accuracy(state[0], test)
 
 
 def draw(tests, threshold, grid, rates, scores, suggestions, path):
@@ -150,9 +165,7 @@ def main():
         for s in range(repeats)
     ]
     batches = stacked_batches(train, 0, 100)
-    threshold = osc.convergence_threshold(
-        step_fn, start(0), batches, num_steps=100, finetune_rate=0.01
-    )
+    threshold = osc.convergence_threshold(step_fn, start(0), batches, num_steps=100)
     sharpness = osc.sharpness(loss_fn, init(0), train)
     limit = osc.stability_limit(sharpness, optimizer="nesterov", momentum=0.9)
     grid = osc.grid_test(grid_step_fn, start(0), batches, {"weight_decay": DECAYS})
@@ -184,6 +197,18 @@ def main():
         f"best weight decay at climbing rates: {grid.best['weight_decay']:g}, by "
         f"{grid.margin:.3f} ({grid.margin_in_errors:.1f} standard errors)"
     )
+    at, small = [threshold.threshold] * 100, [0.01] * 100
+    above = [threshold.suggested_rate] * 100
+    for name, arm in {
+        "at the threshold": at,
+        "at the threshold, then at 0.01": at + small,
+        "at 1.5 times the threshold": above,
+        "at 1.5 times the threshold, then at 0.01": above + small,
+        "at 0.01 all along": small + small,
+    }.items():
+        found = np.array([train_at(arm, train, test, seed) for seed in seeds])
+        spread = f"{found.mean():.1f} ± {found.std(ddof=len(seeds) > 1):.1f}"
+        console.print(f"{spread} % after {len(arm)} steps {name}")
     path = args.out / "02_find_the_rate.png"
     draw(tests, threshold, grid, rates, scores, suggestions, path)
     console.print(f"picture: {path}")

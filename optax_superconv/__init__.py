@@ -9,7 +9,6 @@ from optax_superconv._dials import read_hyperparams
 from optax_superconv._late_recipes import late_decay_adamw, late_decay_sgd
 from optax_superconv.finders._curvature import (
     SharpnessResult,
-    hessian_free_rate,
     sharpness,
     stability_limit,
 )
@@ -70,7 +69,6 @@ __all__ = [
     "geometric_multipliers",
     "gradual_unfreezing",
     "grid_test",
-    "hessian_free_rate",
     "label_by_depth",
     "label_by_path",
     "late_decay_adamw",

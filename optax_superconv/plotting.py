@@ -6,7 +6,6 @@ Needs matplotlib (``pip install 'optax-superconv[plot]'``), imported when first 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,16 +14,10 @@ import numpy as np
 import optax
 
 from optax_superconv import _checks
-from optax_superconv.finders import _runs
-from optax_superconv.finders._grid_test import GridTestResult
+from optax_superconv.finders import _suggestions
+from optax_superconv.finders._grid_test import GridTestResult, combination_at, named
 from optax_superconv.finders._range_test import RangeTestResult
-from optax_superconv.finders._suggestions import (
-    Method,
-    as_results,
-    smooth_curve,
-    suggest_interval,
-    suggest_learning_rate,
-)
+from optax_superconv.finders._suggestions import Method, smooth_curve
 from optax_superconv.finders._threshold import ThresholdResult
 
 if TYPE_CHECKING:
@@ -32,18 +25,27 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_grid", "plot_range_test", "plot_schedule", "plot_threshold"]
 
-_MAX_POINTS = 2001
+
+def _check_kind(result: Any, kind: type) -> None:
+    if not isinstance(result, kind):
+        got = type(result).__name__
+        raise TypeError(f"`result` must be a {kind.__name__}, got a {got}.")
 
 
 def _axes(ax: Axes | None) -> Axes:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError(
-            "optax_superconv.plotting needs matplotlib: pip install "
-            "'optax-superconv[plot]'."
-        ) from error
+        needs = "plots need matplotlib: pip install 'optax-superconv[plot]'."
+        raise ImportError(needs) from error
     return pyplot.subplots(layout="constrained")[1] if ax is None else ax
+
+
+def _zoom(ax: Axes, low: float, high: float) -> None:
+    """Between two losses: an explosion would flatten everything else."""
+    if high > low:
+        margin = 0.1 * (high - low)
+        ax.set_ylim(low - margin, high + margin)
 
 
 def plot_schedule(
@@ -65,12 +67,7 @@ def plot_schedule(
     Returns:
       The axes of the first schedule.
 
-    Raises:
-      ImportError: If matplotlib is missing.
-
     Examples:
-      >>> import matplotlib
-      >>> matplotlib.use("Agg")
       >>> import optax_superconv as osc
       >>> ax = osc.plotting.plot_schedule({
       ...     "learning rate": osc.onecycle_schedule(1.0, 100),
@@ -79,20 +76,16 @@ def plot_schedule(
       learning rate 2
     """
     total_steps = _checks.steps("total_steps", total_steps, at_least=1)
-    schedules: Mapping[str, Any] = (
-        schedule_or_mapping
-        if isinstance(schedule_or_mapping, Mapping)
-        else {"value": schedule_or_mapping}
-    )
-    _checks.require(
-        len(schedules) > 0, "schedule_or_mapping", "at least one schedule", "none"
-    )
+    schedules: Any = schedule_or_mapping
+    if not isinstance(schedules, Mapping):
+        schedules = {"value": schedules}
+    _checks.require(len(schedules) > 0, "schedule_or_mapping", "at least one", "none")
     for name, schedule in schedules.items():
         _checks.function(f"schedule_or_mapping[{name!r}]", schedule)
 
     first = _axes(ax)
     first.set_xlabel("step")
-    steps = np.unique(np.linspace(0, total_steps, _MAX_POINTS).astype(np.int32))
+    steps = np.unique(np.linspace(0, total_steps, 2001).astype(np.int32))
     for k, (name, schedule) in enumerate(schedules.items()):
         axes = first if k == 0 else first.twinx()
         if k > 1:
@@ -123,12 +116,7 @@ def plot_range_test(
       The axes. Held-out losses are drawn in place of the losses where the test took
       them. A curve that holds no suggestion is drawn without one.
 
-    Raises:
-      ImportError: If matplotlib is missing.
-
     Examples:
-      >>> import matplotlib
-      >>> matplotlib.use("Agg")
       >>> import numpy as np
       >>> import optax_superconv as osc
       >>> rates = np.geomspace(1e-6, 1.0, 61)
@@ -137,41 +125,31 @@ def plot_range_test(
       >>> print(osc.plotting.plot_range_test(result).get_xscale())
       log
     """
-    results = as_results("result", result)
+    results = _suggestions.as_results("result", result)
     if method is not None:
         _checks.choice("method", method, get_args(Method))
     ax = _axes(ax)
-    held_out = results[0].eval_losses is not None
-    ax.set(
-        xscale="log",
-        xlabel="learning rate",
-        ylabel="held-out loss" if held_out else "loss",
-    )
-    lows: list[float] = []
-    highs: list[float] = []
+    shown = "loss" if results[0].eval_losses is None else "held-out loss"
+    ax.set(xscale="log", xlabel="learning rate", ylabel=shown)
+    curves = []
     for k, test in enumerate(results):
         read = test.losses if test.eval_losses is None else test.eval_losses
-        label = None if k else ax.get_ylabel()
-        ax.plot(test.learning_rates, read, color="0.75", label=label)
-        try:
-            curve = smooth_curve(test)
-        except ValueError:  # Too few points to smooth: the losses alone are drawn.
-            continue
-        label = None if lows else "smoothed"
-        alpha = 1 / len(results) ** 0.5
-        rates = 10**curve.log_rates
-        ax.plot(rates, curve.values, color="C0", alpha=alpha, label=label)
-        lows.append(min(curve.losses.min(), curve.values.min()))
-        highs.append(curve.values.max())
-    if lows and (margin := 0.1 * (max(highs) - min(lows))) > 0:
-        # An explosion would flatten everything else.
-        ax.set_ylim(min(lows) - margin, max(highs) + margin)
+        ax.plot(test.learning_rates, read, color="0.75", label="_" if k else shown)
+        with contextlib.suppress(ValueError):  # Too few points to smooth.
+            curves.append(smooth_curve(test))
+    for k, curve in enumerate(curves):
+        style = {"color": "C0", "alpha": len(results) ** -0.5}
+        label = "_" if k else "smoothed"
+        ax.plot(10**curve.log_rates, curve.values, label=label, **style)
+    if curves:
+        lows = [min(curve.losses.min(), curve.values.min()) for curve in curves]
+        _zoom(ax, min(lows), max(curve.values.max() for curve in curves))
     if method is not None:
         with contextlib.suppress(ValueError):  # No suggestion in these curves.
-            rate = suggest_learning_rate(results, method=method)
+            rate = _suggestions.suggest_learning_rate(results, method=method)
             label = f"{method}: {rate:.2g}"
             ax.axvline(rate, color="C1", linestyle="--", label=label)
-            ends = suggest_interval(results, method=method)
+            ends = _suggestions.suggest_interval(results, method=method)
             ax.axvspan(*ends, color="C1", alpha=0.3, linewidth=0, label="90 %")
     ax.legend()
     return ax
@@ -203,12 +181,7 @@ def plot_grid(
     Returns:
       The axes.
 
-    Raises:
-      ImportError: If matplotlib is missing.
-
     Examples:
-      >>> import matplotlib
-      >>> matplotlib.use("Agg")
       >>> import jax.numpy as jnp
       >>> import optax_superconv as osc
       >>> step_fn = lambda w, h, x: (w, (h["decay"] - 0.1) ** 2 + h["momentum"])
@@ -219,10 +192,7 @@ def plot_grid(
       >>> print(ax.get_ylabel(), "|", ax.get_xlabel())
       decay | momentum
     """
-    if not isinstance(result, GridTestResult):
-        raise TypeError(
-            f"`result` must be a GridTestResult, got a {type(result).__name__}."
-        )
+    _check_kind(result, GridTestResult)
     if kind is not None:
         _checks.choice("kind", kind, ["curves", "scores"])
     long = [name for name, axis in result.axes.items() if len(axis) > 1]
@@ -230,132 +200,104 @@ def plot_grid(
     if kind == "curves" or (kind is None and len(long) <= 1):
         _draw_curves(result, ax, long)
     elif len(long) <= 1:
-        (name,) = long or list(result.axes)[:1]
-        values = result.axes[name]
-        scores = np.where(np.isfinite(result.scores), result.scores, np.nan).ravel()
-        order = values.argsort()
-        values, scores = values[order], scores[order]
-        places = range(len(values))  # Values of 0 and of many decades fit.
-        ax.plot(places, scores, "o-", color="C0")
-        ax.set_xticks(places, [f"{v:.4g}" for v in values])
-        lowest = int(np.nanargmin(scores))
-        label = f"best: {values[lowest]:.4g}"
-        ax.plot(lowest, scores[lowest], "*", color="C1", ms=16, label=label)
-        ax.set_xlabel(name)
-        ax.set_ylabel("score")
-        ax.legend()
+        _draw_points(result, ax, (long or list(result.axes))[0])
     else:
-        _draw_map(result, ax, long[0], long[1])
+        _draw_map(result, ax, *long)
     return ax
-
-
-def _named(combination: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} = {value:.4g}" for name, value in combination.items())
 
 
 def _draw_curves(result: GridTestResult, ax: Axes, long: list[str]) -> None:
     from matplotlib import colormaps
 
-    names = list(result.axes)
-    scores = result.scores.ravel()
-    order = scores.argsort(kind="stable")
-    colors = colormaps["viridis"](np.linspace(0.0, 0.9, len(scores)))
-    combinations = [
-        dict(zip(names, map(float, values), strict=True))
-        for values in itertools.product(*result.axes.values())
-    ]
-    curves = result.losses.reshape(len(scores), -1)
-    bottoms: list[float] = []
-    tops: list[float] = []
+    curves = result.losses.reshape(result.scores.size, -1)
+    order = result.scores.ravel().argsort(kind="stable")
+    colors = colormaps["viridis"](np.linspace(0.0, 0.9, len(order)))
+    lows: list[float] = []
+    high = -np.inf
     for rank, k in reversed(list(enumerate(order))):
-        losses = curves[k]
-        if result.learning_rates is None:
-            n = int(np.argmin(np.append(np.isfinite(losses), False)))
-            if n == 0:
-                continue
-            span = max(1, min(len(losses) // 20, n))
-            x = np.arange(span - 1, n)
-            y = np.convolve(losses[:n], np.full(span, 1 / span), mode="valid")
-        else:
-            try:
-                smooth = smooth_curve(result.curve(**combinations[k]))
-            except ValueError:  # Too short to smooth.
-                continue
-            x, y = 10**smooth.log_rates, smooth.values
-        label = _named({name: combinations[k][name] for name in long})
-        width, suffix = (2.5, " (best)") if rank == 0 else (1.0, "")
+        combination = combination_at(result.axes, k)
+        try:
+            if result.learning_rates is None:
+                losses = curves[k][np.isfinite(curves[k])]
+                span = max(1, min(curves.shape[1] // 20, losses.size))
+                x = np.arange(span - 1, losses.size)
+                y = np.convolve(losses, np.full(span, 1 / span), mode="valid")
+            else:
+                smooth = smooth_curve(result.curve(**combination))
+                x, y = 10**smooth.log_rates, smooth.values
+        except ValueError:  # Too short to smooth, or not even one loss.
+            continue
+        width, suffix = (1.0, "") if rank else (2.5, " (best)")
         (line,) = ax.plot(x, y, color=colors[rank], linewidth=width)
-        if rank == 0 or len(scores) <= 8:
-            line.set_label((label or "loss") + suffix)
-        bottoms.append(y.min())
-        tops.append(y[: int(y.argmin()) + 1].max())  # At last, of the best.
-    # An explosion would flatten everything else.
-    low, high = min(bottoms), tops[-1]
-    if high > low:
-        ax.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
-    if result.learning_rates is None:
-        ax.set_xlabel("step")
-    else:
-        ax.set_xscale("log")
-        ax.set_xlabel("learning rate")
-    ax.set_ylabel("loss, smoothed")
+        if rank == 0 or len(order) <= 8:
+            shown = named({name: combination[name] for name in long})
+            line.set_label((shown or "loss") + suffix)
+        lows.append(y.min())
+        high = y[: int(y.argmin()) + 1].max()  # At last, of the best.
+    _zoom(ax, min(lows), high)
+    ax.set(xlabel="step", ylabel="loss, smoothed")
+    if result.learning_rates is not None:
+        ax.set(xlabel="learning rate", xscale="log")
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], fontsize="small")
 
 
-def _draw_map(result: GridTestResult, ax: Axes, row: str, column: str) -> None:
+def _draw_points(result: GridTestResult, ax: Axes, name: str) -> None:
+    order = result.axes[name].argsort()
+    ticks = [f"{value:.4g}" for value in result.axes[name][order]]
+    scores = result.scores.ravel()[order]
+    scores = np.where(np.isfinite(scores), scores, np.nan)
+    places = range(len(ticks))  # Values of 0 and of many decades fit.
+    ax.plot(places, scores, "o-", color="C0")
+    best = int(np.nanargmin(scores))
+    label = f"best: {ticks[best]}"
+    ax.plot(best, scores[best], "*", color="C1", ms=16, label=label)
+    ax.set_xticks(places, ticks)
+    ax.set(xlabel=name, ylabel="score")
+    ax.legend()
+
+
+def _draw_map(
+    result: GridTestResult, ax: Axes, row: str, column: str, *others: str
+) -> None:
     names = list(result.axes)
-    others = [name for name in names if name not in (row, column)]
     scores = np.where(np.isfinite(result.scores), result.scores, np.nan)
-    kept = [names.index(row), names.index(column)]
-    rest = tuple(k for k in range(len(names)) if k not in kept)
+    rest = [k for k, name in enumerate(names) if name not in (row, column)]
     # fmin leaves out NaN, and is silent where all are.
-    values = np.fmin.reduce(scores, axis=rest) if rest else scores
+    values = np.fmin.reduce(scores, axis=tuple(rest)) if rest else scores
     finite = values[np.isfinite(values)]
-    # An explosion would flatten everything else.
+    # An exploded score leaves the others their colours.
     top = min(finite.max(), 3 * np.median(finite) - 2 * finite.min())
     image = ax.imshow(values, aspect="auto", origin="lower", cmap="viridis_r", vmax=top)
-    ax.set_facecolor("0.85")
+    ax.set(facecolor="0.85", ylabel=row, xlabel=column)
+    star = []
     for set_ticks, name in ((ax.set_yticks, row), (ax.set_xticks, column)):
-        set_ticks(
-            range(len(result.axes[name])), [f"{v:.4g}" for v in result.axes[name]]
-        )
-    ax.set_ylabel(row)
-    ax.set_xlabel(column)
+        axis = result.axes[name]
+        set_ticks(range(len(axis)), [f"{value:.4g}" for value in axis])
+        star.append(int(np.flatnonzero(axis == result.best[name])[0]))
     middle = (finite.min() + top) / 2
     for (i, j), value in np.ndenumerate(values):
         shown = f"{value:.3g}" if np.isfinite(value) else "diverged"
-        dark = value > middle
-        ax.text(j, i, shown, ha="center", va="center", color="w" if dark else "k")
-    i, j = (
-        int(np.flatnonzero(result.axes[name] == result.best[name])[0])
-        for name in (row, column)
-    )
+        color = "w" if value > middle else "k"
+        ax.text(j, i, shown, ha="center", va="center", color=color)
+    i, j = star
     ax.plot(j, i + 0.28, "*", color="C1", markeredgecolor="k", ms=14)
-    long = [name for name in others if len(result.axes[name]) > 1]
-    if long:
-        best = _named({name: result.best[name] for name in long})
-        ax.set_title(f"lowest over {', '.join(long)}; star: {best}", fontsize="medium")
+    if others:
+        best = named({name: result.best[name] for name in others})
+        title = f"lowest over {', '.join(others)}; star: {best}"
+        ax.set_title(title, fontsize="medium")
     extend = "max" if top < finite.max() else "neither"
     ax.figure.colorbar(image, ax=ax, label="score", extend=extend)
 
 
-_REGIME_COLORS = {
-    "too slow": "0.6",
-    "1": "C0",
-    "2": "C2",
-    "2A": "C2",
-    "2B": "C4",
-    "3": "C3",
-}
+_REGIME_COLORS = {"too slow": "0.6", "1": "C0", "2": "C2", "3": "C3"}
 
 
 def plot_threshold(result: ThresholdResult, ax: Axes | None = None) -> Axes:
     """Draws the end loss over the rate, the regimes, and the threshold.
 
     Both axes are logarithmic where all losses are above 0. Triangles at the edges stand
-    for losses beyond them, crosses for runs that diverged. Where there was fine-tuning,
-    hollow marks show its end losses.
+    for losses beyond them, crosses for runs that diverged.
 
     Args:
       result: Result of :func:`optax_superconv.convergence_threshold`.
@@ -364,70 +306,40 @@ def plot_threshold(result: ThresholdResult, ax: Axes | None = None) -> Axes:
     Returns:
       The axes.
 
-    Raises:
-      ImportError: If matplotlib is missing.
-
     Examples:
-      >>> import matplotlib
-      >>> matplotlib.use("Agg")
-      >>> import jax
       >>> import jax.numpy as jnp
       >>> import optax_superconv as osc
-      >>> @jax.jit
-      ... def step_fn(w, learning_rate, batch):
-      ...     loss, grad = jax.value_and_grad(lambda w: (w**2).sum())(w)
-      ...     return w - learning_rate * grad, loss
+      >>> step_fn = lambda w, rate, batch: (w - 2 * rate * w, w @ w)
       >>> result = osc.convergence_threshold(step_fn, jnp.ones(2), [None], num_steps=50)
       >>> print(osc.plotting.plot_threshold(result).get_xlabel())
       learning rate
     """
-    if not isinstance(result, ThresholdResult):
-        raise TypeError(
-            f"`result` must be a ThresholdResult, got a {type(result).__name__}."
-        )
+    _check_kind(result, ThresholdResult)
     ax = _axes(ax)
     rates, ends = result.rates, result.end_losses
     first = float(result.losses[0, 0])
-    tuned = np.full(len(rates), np.nan)
-    if result.finetuned_losses is not None:
-        tuned = _runs.end_losses(result.finetuned_losses)
     logarithmic = first > 0 and np.nanmin(ends) >= 0 and result.target_loss > 0
+    to, back = (np.log10, lambda x: 10**x) if logarithmic else (float, float)
+    bottom, fall = to(result.target_loss), to(first) - to(result.target_loss)
     # What lies far below the target or above the first loss is drawn at the edges.
-    if logarithmic:
-        fall = first / result.target_loss
-        low, high = result.target_loss / fall**2, first * fall**0.5
-        ax.set_yscale("log")
-        ax.set_ylim(low / fall**0.15, high * fall**0.15)
-    else:
-        fall = first - result.target_loss
-        low, high = result.target_loss - fall, first + fall
-        ax.set_ylim(low - 0.1 * fall, high + 0.1 * fall)
-
-    def draw(values: np.ndarray, at: np.ndarray, label: str, **style: Any) -> None:
-        outside = [~np.isfinite(values), values > high, values < low]
-        marks = np.select(outside, ["x", "^", "v"], "o")
-        shown = np.clip(np.where(outside[0], high, values), low, high)
-        for mark in np.unique(marks[at]):
-            these = at & (marks == mark)
-            ax.plot(rates[these], shown[these], mark, label=label, **style)
-            label = "_"  # One entry in the legend.
-
-    ax.plot(rates, np.clip(np.nan_to_num(ends, nan=high), low, high), color="0.8")
+    low, high = back(bottom - 2 * fall), back(bottom + 1.5 * fall)
+    ax.set_yscale("log" if logarithmic else "linear")
+    ax.set_ylim(back(bottom - 2.15 * fall), back(bottom + 1.65 * fall))
+    outside = [~np.isfinite(ends), ends > high, ends < low]
+    marks = np.select(outside, ["x", "^", "v"], "o")
+    shown = np.clip(np.nan_to_num(ends, nan=high), low, high)
+    ax.plot(rates, shown, color="0.8")
     regimes = np.array(result.regimes)
     for regime, color in _REGIME_COLORS.items():
-        name = f"regime {regime}" if regime[0] in "123" else regime
-        draw(ends, regimes == regime, name, color=color)
-    draw(tuned, np.isfinite(tuned), "fine-tuned", mfc="none", color="k")
+        label = f"regime {regime}" if regime in "123" else regime
+        for mark in np.unique(marks[regimes == regime]):
+            these = (regimes == regime) & (marks == mark)
+            ax.plot(rates[these], shown[these], mark, color=color, label=label)
+            label = "_"  # One entry in the legend.
     ax.axhline(result.target_loss, color="0.5", linestyle=":", label="target")
-    ax.axvline(
-        result.threshold,
-        color="C1",
-        linestyle="--",
-        label=f"threshold: {result.threshold:.3g}",
-    )
+    label = f"threshold: {result.threshold:.3g}"
+    ax.axvline(result.threshold, color="C1", linestyle="--", label=label)
     ax.axvspan(*result.suggested_band, color="C1", alpha=0.2, label="suggested band")
-    ax.set_xscale("log")
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel("end loss")
+    ax.set(xscale="log", xlabel="learning rate", ylabel="end loss")
     ax.legend(fontsize="small")
     return ax

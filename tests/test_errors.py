@@ -287,8 +287,8 @@ BAD_VALUES = [
     (
         lambda: run(step_fn=lambda s, r, b: ((s, s), jnp.float32(1.0))),
         "step_fn",
-        "a state like the one it is given in structure",
-        "a new state[0]",
+        "a state like the one it is given, with int32[] at state",
+        "nothing",
     ),
     (
         lambda: osc.range_test(STEP, 0, (np.ones((3, 2)), np.ones((4, 2)))),

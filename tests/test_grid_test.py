@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import optax_superconv as osc
-from optax_superconv.finders import _grid_test, _runs
+from optax_superconv.finders import _members
 
 DECAYS, MOMENTA = [0.0, 1e-4, 1e-3, 1e-2], [0.0, 0.5, 0.9]
 GRID = {"weight_decay": DECAYS, "momentum": MOMENTA}
@@ -100,7 +100,7 @@ def run(**options):
 
 
 @pytest.mark.parametrize("mode", ["range", "constant"])
-@pytest.mark.parametrize("vectorize", [True, False, "auto"])
+@pytest.mark.parametrize("vectorize", [True, False])
 def test_a_grid_compiles_once_and_equals_the_single_runs(mode, vectorize):
     traces = itertools.count()
 
@@ -131,8 +131,7 @@ def test_a_grid_compiles_once_and_equals_the_single_runs(mode, vectorize):
         np.testing.assert_allclose(result.losses[i, j], single, rtol=2e-5)
 
 
-@pytest.mark.parametrize("vectorize", [True, "auto"])
-def test_a_plain_function_is_traced_once_too(vectorize):
+def test_a_plain_function_is_traced_once_too_under_vmap():
     traces = itertools.count()
 
     def step_fn(state, hyperparams, batch):
@@ -140,26 +139,26 @@ def test_a_plain_function_is_traced_once_too(vectorize):
         return train_step(state, hyperparams, batch)
 
     osc.grid_test(
-        step_fn, start(), make_batches(), grid=GRID, vectorize=vectorize, num_steps=20
+        step_fn, start(), make_batches(), grid=GRID, vectorize=True, num_steps=20
     )
     assert next(traces) == 1
 
 
-@pytest.mark.parametrize("vectorize", [True, "auto"])
-def test_python_numbers_in_state_and_batch_are_traced_once_too(vectorize):
+def test_python_numbers_in_state_and_batch_are_traced_once_too_under_vmap():
     traces = itertools.count()
 
     @jax.jit
     def step_fn(state, hyperparams, batch):
         next(traces)
-        return {"w": state["w"] * 1.0, "n": 7}, hyperparams["a"] * batch * state["w"]
+        w = state["w"] * jnp.float32(1.0)  # No longer a Python number's type.
+        return {"w": w, "n": 7}, hyperparams["a"] * batch * state["w"]
 
     result = run(
         step_fn=step_fn,
         state={"w": 1.0, "n": 0},
         batches=[2.0],
         grid={"a": [1.0, 2.0]},
-        vectorize=vectorize,
+        vectorize=True,
     )
     assert next(traces) == 1
     np.testing.assert_array_equal(result.losses[:, 0], [2.0, 4.0])
@@ -232,6 +231,18 @@ def test_a_member_that_diverged_is_trained_no_further():
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
+def test_a_grid_ends_when_all_members_have_diverged(vectorize):
+    iterator = itertools.count()
+
+    def step_fn(state, hyperparams, batch):
+        return state, jnp.where(batch > 20, jnp.nan, hyperparams["a"])
+
+    options = {"step_fn": step_fn, "batches": iterator, "vectorize": vectorize}
+    run(**options, state=0, grid={"a": [1.0, 2.0]}, num_steps=100)
+    assert 21 < next(iterator) <= 21 + 16
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
 def test_a_range_mode_curve_is_the_range_test_of_its_combination(vectorize):
     grid = {"curvature": [4.0, 30.0], "unused": [0.0]}
     result = run(grid=grid, vectorize=vectorize, num_steps=100, max_value=1e3)
@@ -288,7 +299,7 @@ def test_the_state_survives_a_step_that_donates_it(vectorize):
     np.testing.assert_array_equal(state["n"], np.ones(2))
 
 
-@pytest.mark.parametrize("vectorize", [True, False, "auto"])
+@pytest.mark.parametrize("vectorize", [True, False])
 def test_random_keys_may_be_in_the_state(vectorize):
     def step_fn(key, hyperparams, batch):
         key, sub = jax.random.split(key)
@@ -333,8 +344,7 @@ def test_an_nnx_model_that_is_split(vectorize):
     np.testing.assert_array_equal(model.kernel[...], before)
 
 
-@pytest.mark.parametrize("vectorize", [False, "auto"])
-def test_nnx_objects_that_change_in_place(vectorize):
+def test_nnx_objects_that_change_in_place():
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     before = np.asarray(model.kernel[...])
 
@@ -354,7 +364,6 @@ def test_nnx_objects_that_change_in_place(vectorize):
         batches=[jnp.ones((4, 2))],
         grid={"learning_rate": [0.01, 0.1]},
         mode="constant",
-        vectorize=vectorize,
     )
     assert result.best == {"learning_rate": 0.1}
     assert result.losses[1, -1] < 0.01 * result.losses[1, 0]
@@ -430,10 +439,10 @@ def test_members_live_where_they_are_sent(vectorize):
         return w + batch, hyperparams["a"] * w.sum()
 
     if vectorize:
-        advance = _grid_test._vectorized(
+        advance = _members.together(
             step_fn, jnp.ones(2), {"a": np.ones(5, np.float32)}, None, devices
         )
-        losses = advance(0, jnp.ones(2), [])
+        losses = advance(0, jnp.ones(2), np.ones(5, bool))
         assert losses.sharding.device_set == set(devices)
         assert losses.shape == (6,)
         return
@@ -476,66 +485,19 @@ for vectorize in (True, False):
 # --- one by one or together -----------------------------------------------------------
 
 
-def conv_step(w, hyperparams, batch):
-    def loss_fn(w):
-        def body(carry, x):  # Inside a scan, where it must be found as well.
-            return carry + jax.lax.conv(x, w, (1, 1), "SAME").sum(), None
-
-        return jax.lax.scan(body, 0.0, batch)[0]
-
-    return w, jax.jit(loss_fn)(w)
-
-
-def dense_step(w, hyperparams, batch):
-    return w, jnp.sum(batch @ w)
-
-
-@pytest.mark.parametrize(
-    ("step_fn", "state", "batch", "platform", "pays"),
-    [
-        (conv_step, np.ones((1, 1, 3, 3)), np.ones((2, 1, 1, 4, 4)), "cpu", False),
-        (conv_step, np.ones((1, 1, 3, 3)), np.ones((2, 1, 1, 4, 4)), "gpu", True),
-        (dense_step, np.ones((16, 16)), np.ones((64, 16)), "cpu", True),
-        (dense_step, np.ones((256, 256)), np.ones((64, 256)), "cpu", True),
-        (dense_step, np.ones((512, 512)), np.ones((64, 512)), "cpu", False),
-        (dense_step, np.ones((512, 512)), np.ones((64, 512)), "gpu", True),
-        (lambda w, h, b: (w, float(w.sum())), np.ones(3), 1.0, "gpu", False),
-    ],
-)
-def test_auto_looks_into_the_step(step_fn, state, batch, platform, pays):
-    example = (state, {"a": np.float32(0)}, batch)
-    jaxpr = _runs.jaxpr_of(step_fn, example)
-    assert (jaxpr is not None and _grid_test._vmap_pays(jaxpr, platform)) == pays
-
-
-@pytest.mark.parametrize("pays", [True, False])
-def test_auto_is_the_faster_of_the_two(pays, monkeypatch):
-    monkeypatch.setattr(_grid_test, "_vmap_pays", lambda *_: pays)
-    built = []
-    for name in ("_vectorized", "_one_by_one"):
-        build = getattr(_grid_test, name)
-        monkeypatch.setattr(
-            _grid_test,
-            name,
-            lambda *args, build=build, name=name: built.append(name) or build(*args),
-        )
-    run(step_fn=lambda w, hyperparams, batch: (w, w.sum()))
-    assert built == ["_vectorized" if pays else "_one_by_one"]
-
-
-def test_auto_compiles_a_plain_step_once_where_vmap_does_not_pay(monkeypatch):
-    monkeypatch.setattr(_grid_test, "_vmap_pays", lambda *_: False)
-    traces = itertools.count()
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_the_step_is_vmapped_where_that_is_asked_for(vectorize):
+    seen = []
 
     def step_fn(w, hyperparams, batch):
-        next(traces)
+        seen.append(isinstance(hyperparams["a"], jax.core.Tracer))
         return w, w.sum()
 
-    run(step_fn=step_fn, grid={"a": [1.0, 2.0, 3.0]})
-    assert next(traces) == 1
+    run(step_fn=step_fn, grid={"a": [1.0, 2.0]}, vectorize=vectorize, num_steps=10)
+    assert seen == ([True] if vectorize else [False] * 20)
 
 
-def test_auto_runs_what_cannot_be_traced():
+def test_by_default_a_step_need_not_be_traceable():
     def step_fn(state, hyperparams, batch):
         return state, np.float64(hyperparams["a"]) * len(state["name"])
 
@@ -598,14 +560,14 @@ def tied_step(model, hyperparams, batch):
 
 
 def test_variables_that_are_shared_stay_shared():
-    options = {"mode": "constant", "num_steps": 5, "vectorize": "auto"}
+    options = {"mode": "constant", "num_steps": 5}
     grid = {"learning_rate": [0.01, 0.02]}
     result = osc.grid_test(tied_step, Tied(), [None], grid, **options)
     rates = np.array([0.01, 0.02])
     expected = 4 * (1 - 4 * rates[:, None]) ** (2 * np.arange(5))
     np.testing.assert_allclose(result.losses, expected, rtol=1e-5)
     with pytest.raises(ValueError, match="`state` must be without Variables"):
-        osc.grid_test(tied_step, Tied(), [None], grid, **options | {"vectorize": True})
+        osc.grid_test(tied_step, Tied(), [None], grid, **options, vectorize=True)
 
 
 def test_a_short_tail_tells_no_errors():
@@ -670,7 +632,6 @@ BAD_VALUES = [
     ({"grid": {"a": [0.1, 0.1]}}, "grid['a']", "distinct", "[0.1, 0.1]"),
     ({"grid": {"learning_rate": [1.0]}}, "grid", "climbs", "learning_rate"),
     ({"mode": "climb"}, "mode", "one of 'range', 'constant'", "'climb'"),
-    ({"vectorize": "always"}, "vectorize", "True, False or 'auto'", "'always'"),
     ({"num_steps": 9}, "num_steps", "at least 10", "9"),
     ({"num_steps": 0, "mode": "constant"}, "num_steps", "at least 1", "0"),
     ({"min_value": 0.0}, "min_value", "above 0", "0.0"),
@@ -686,7 +647,7 @@ BAD_VALUES = [
         {"step_fn": lambda w, h, b: ((w, w), w.sum())},
         "step_fn",
         "state like",
-        "a new state[0]",
+        "nothing",
     ),
     (
         {"step_fn": lambda w, h, b: (jnp.bfloat16(w), w.sum())},
@@ -742,6 +703,8 @@ def test_a_bad_value_is_named_with_its_rule(options, argument, rule, value, vect
         ({"num_steps": 10.0}, "num_steps", "float"),
         ({"batches": 3}, "batches", "int"),
         ({"devices": "cpu"}, "devices", "'cpu'"),
+        ({"vectorize": "auto"}, "vectorize", "'auto'"),
+        ({"vectorize": 1}, "vectorize", "1"),
     ],
 )
 def test_the_wrong_kind_is_named(options, argument, kind):

@@ -1,5 +1,6 @@
 """What is drawn where, and what happens without matplotlib."""
 
+import dataclasses
 import sys
 
 import jax
@@ -92,7 +93,7 @@ def test_draws_repeats_with_their_median_and_interval():
 def test_draws_the_held_out_losses_that_are_read():
     x = np.linspace(-6, 1, 100)
     losses = 2 - 1 / (1 + np.exp(-3 * (x + 3)))
-    result = make_result(losses)._replace(eval_losses=losses + 10)
+    result = dataclasses.replace(make_result(losses), eval_losses=losses + 10)
     ax = osc.plotting.plot_range_test(result)
     assert ax.get_ylabel() == "held-out loss"
     assert all(np.min(line.get_ydata()) > 10 for line in ax.get_lines()[:2])
@@ -211,14 +212,13 @@ def test_an_exploded_score_leaves_the_others_their_colours():
     assert osc.plotting.plot_grid(result).get_images()[0].get_clim() == (6.0, 9.0)
 
 
-def threshold_result(**options):
+def threshold_result():
     return osc.convergence_threshold(
         lambda w, rate, batch: (w - 2 * rate * w, float(w) ** 2),
         1.0,
         [None],
         num_steps=40,
         num_rates=8,
-        **options,
     )
 
 
@@ -244,15 +244,13 @@ def test_draws_the_end_losses_by_regime_and_the_threshold():
         assert np.isfinite(line.get_ydata()).all()
 
 
-def test_draws_losses_below_zero_and_fine_tuning():
-    result = threshold_result(finetune_rate=0.1)
-    labels = {
-        text.get_text()
-        for text in osc.plotting.plot_threshold(result).get_legend().get_texts()
-    }
-    assert "fine-tuned" in labels
-    shifted = result._replace(
-        losses=result.losses - 1, end_losses=result.end_losses - 1, target_loss=-0.9
+def test_draws_losses_below_zero():
+    result = threshold_result()
+    shifted = dataclasses.replace(
+        result,
+        losses=result.losses - 1,
+        end_losses=result.end_losses - 1,
+        target_loss=-0.9,
     )
     ax = osc.plotting.plot_threshold(shifted)
     assert ax.get_yscale() == "linear"

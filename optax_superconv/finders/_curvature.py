@@ -15,10 +15,11 @@ is no bound on the rate to train at.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.core
@@ -27,28 +28,33 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
+from optax_superconv._batches import is_array
+from optax_superconv._numerics import widen
+from optax_superconv.finders._runs import check_alike, summary
 
 Optimizer = Literal["gd", "heavy_ball", "nesterov", "adam"]
 
 # A vector over the parameters: one array for each of their floating-point leaves.
 Vector = list[jax.Array]
 
-_WITH_PARAMETERS = "a pytree with floating-point arrays"
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class SharpnessResult:
+    """Top of the Hessian's spectrum, of :func:`sharpness`; a pytree.
 
-class SharpnessResult(NamedTuple):
-    """Top of the Hessian's spectrum, of :func:`sharpness`."""
+    Attributes:
+      value: (), at least float32, the largest eigenvalue.
+      residual: (), at least float32; an eigenvalue lies this near.
+    """
 
-    value: jax.Array  # (), at least float32
-    residual: jax.Array  # (), at least float32; an eigenvalue lies this near
+    value: jax.Array
+    residual: jax.Array
 
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
-
-
-def _is_parameter(leaf: Any) -> bool:
-    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    def __repr__(self) -> str:
+        with np.printoptions(precision=4, threshold=4, edgeitems=1):
+            lines = f"value {self.value!s}", f"residual {self.residual!s}"
+        return summary(self, *lines)
 
 
 def _parameters(tree: Any) -> dict[str, Any]:
@@ -60,22 +66,8 @@ def _parameters(tree: Any) -> dict[str, Any]:
     }
 
 
-def _like(params: dict[str, Any], name: str, tree: Any, params_name: str) -> Vector:
-    """The floating-point arrays of a tree, which must be where the parameters are."""
-    found = _parameters(tree)
-    for path in {**params, **found}:
-        wanted, got = (
-            f"shape {where[path].shape}" if path in where else "nothing"
-            for where in (params, found)
-        )
-        rule = f"a pytree like `{params_name}`, with {wanted} at {path}"
-        _checks.require(wanted == got, name, rule, got)
-    return [found[path] for path in params]
-
-
-def _widen(leaf: ArrayLike) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+def _is_parameter(leaf: Any) -> bool:
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 # Elementwise products and sums, rather than matrix products: those need to know how a
@@ -104,7 +96,7 @@ def _remove(basis: Vector, x: Vector) -> Vector:
 @partial(jax.jit, static_argnames=("loss_fn", "constants", "treedef", "num_iterations"))
 def _lanczos(
     arrays: list[Any],
-    divisors: Vector | None,
+    divisors: Vector,
     key: jax.Array,
     *,
     loss_fn: Callable[..., Any],
@@ -113,9 +105,10 @@ def _lanczos(
     num_iterations: int,
 ) -> SharpnessResult:
     """Of the top eigenvalue; ``arrays`` has None where ``constants`` has a leaf."""
-    places = jax.tree.leaves(treedef.unflatten(range(treedef.num_leaves))[0])
-    where = [k for k in places if _is_parameter(arrays[k])]
-    start = [_widen(arrays[k]) for k in where]
+    num_leaves = treedef.children()[0].num_leaves
+    where = [k for k in range(num_leaves) if _is_parameter(arrays[k])]
+    start = [widen(arrays[k]) for k in where]
+    roots = [jnp.sqrt(widen(divisor)) for divisor in divisors]
 
     def loss(theta: Vector) -> jax.Array:
         leaves = [
@@ -129,16 +122,13 @@ def _lanczos(
             _is_parameter(value) and value.shape == (),
             "loss_fn",
             "a function that returns one real number, an array of shape ()",
-            f"{value.dtype}{value.shape}" if _is_array(value) else type(value),
+            f"{value.dtype}{value.shape}" if is_array(value) else type(value),
         )
         return value
 
     gradient = jax.grad(loss)
-    roots = None if divisors is None else [jnp.sqrt(_widen(d)) for d in divisors]
 
     def rescale(x: Vector) -> Vector:
-        if roots is None:
-            return x
         return [a / root.astype(a.dtype) for a, root in zip(x, roots, strict=True)]
 
     def times_hessian(x: Vector) -> Vector:
@@ -155,7 +145,6 @@ def _lanczos(
         largest = jnp.maximum(largest, jnp.abs(alpha) + beta)
         # What remains is rounding: the space is at its end. (Not-a-number goes on.)
         done = beta <= jnp.finfo(beta.dtype).eps * largest
-        beta = jnp.where(done, 0, beta)
         v = _scale(jnp.where(done, 0, 1 / jnp.where(done, 1, beta)), w)
         return (basis, v, largest), (alpha, beta, done)
 
@@ -253,22 +242,29 @@ def sharpness(
     _checks.function("loss_fn", loss_fn)
     _checks.steps("num_iterations", num_iterations, at_least=1)
     found = _parameters(params)
-    _checks.require(bool(found), "params", _WITH_PARAMETERS, repr(params))
-    divisors = None
+    with_arrays = "a pytree with floating-point arrays"
+    _checks.require(bool(found), "params", with_arrays, repr(params))
+    divisors: list[Any] = [jnp.float32(1)] * len(found)
     if preconditioner is not None:
-        divisors = _like(found, "preconditioner", preconditioner, "params")
+        given = _parameters(preconditioner)
+        shapes = (
+            {path: f"shape {leaf.shape}" for path, leaf in tree.items()}
+            for tree in (found, given)
+        )
+        check_alike("preconditioner", "a pytree like `params`", *shapes)
+        divisors = [given[path] for path in found]
         for divisor in divisors:
-            if not isinstance(divisor, jax.core.Tracer) and divisor.size:
-                least = float(jnp.min(divisor))
+            if not isinstance(divisor, jax.core.Tracer):
+                least = float(jnp.min(divisor, initial=jnp.inf))
                 _checks.require(least > 0, "preconditioner", "positive", least)
     leaves, treedef = jax.tree.flatten((params, args))
     return _lanczos(
-        [leaf if _is_array(leaf) else None for leaf in leaves],
+        [leaf if is_array(leaf) else None for leaf in leaves],
         divisors,
         jax.random.key(0) if key is None else key,
         loss_fn=loss_fn,
         # With its type: 1 and True are equal, and would share a program.
-        constants=tuple((type(x), None if _is_array(x) else x) for x in leaves),
+        constants=tuple((type(x), None if is_array(x) else x) for x in leaves),
         treedef=treedef,
         num_iterations=int(num_iterations),
     )
@@ -328,7 +324,7 @@ def stability_limit(
     if optimizer != "gd":
         _checks.number("momentum", momentum, _checks.DECAY_RULE, _checks.decay_rate)
     top: Any = sharpness.value if isinstance(sharpness, SharpnessResult) else sharpness
-    if isinstance(top, bool) or not (isinstance(top, int | float) or _is_array(top)):
+    if isinstance(top, bool) or not (isinstance(top, int | float) or is_array(top)):
         rule = "a number, an array or a SharpnessResult"
         raise TypeError(f"`sharpness` must be {rule}, got {top!r}.")
     b: Any = momentum
@@ -338,58 +334,6 @@ def stability_limit(
         "nesterov": (2 + 2 * b) / (1 + 2 * b),
         "adam": (2 + 2 * b) / (1 - b),
     }[optimizer]
-    if not _is_array(top) and not _is_array(limit):
+    if not is_array(top) and not is_array(limit):
         return math.inf if top <= 0 else limit / top
     return jnp.where(top <= 0, jnp.inf, limit / jnp.where(top <= 0, 1, top))
-
-
-def hessian_free_rate(
-    params_0: Any, params_1: Any, params_2: Any, *, learning_rate: ArrayLike
-) -> jax.Array:
-    r"""A diagnostic of curvature that must never set a rate.
-
-    From three consecutive parameters,
-
-    .. math:: \eta \, \frac{\sum |\theta_1 - \theta_0|}
-                           {\sum |2 \theta_1 - \theta_0 - \theta_2|}
-
-    is :math:`1 / \lambda` for gradient descent without noise on a quadratic of
-    curvature :math:`\lambda`, at no further gradient. But it is blind under noise:
-    where the gradients are noise alone it is :math:`\eta / \sqrt{2 (1 - \beta)}` with
-    momentum :math:`\beta`, whatever the curvature. That is 0.71 of the rate
-    without momentum and 2.24 of it at 0.9, so a rate that follows it with momentum
-    grows without end. Measure the curvature with :func:`sharpness` instead.
-
-    Args:
-      params_0: Parameters before two steps, a pytree with floating-point arrays.
-      params_1: Parameters between the two steps, a pytree like ``params_0``.
-      params_2: Parameters after the two steps, a pytree like ``params_0``.
-      learning_rate: Rate of the two steps, above 0.
-
-    Returns:
-      The estimate, (): infinity if both steps are the same, not-a-number if both are 0.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax_superconv as osc
-      >>> curvature, rate = 5.0, 0.01
-      >>> params = [jnp.float32((1 - rate * curvature) ** t) for t in range(3)]
-      >>> print(f"{osc.hessian_free_rate(*params, learning_rate=rate):.3f}")
-      0.200
-
-    References:
-      Smith and Topin, `Super-convergence <https://arxiv.org/abs/1708.07120>`_, 2018
-      (section 4).
-    """
-    _checks.number("learning_rate", learning_rate, "positive", lambda x: x > 0)
-    first = _parameters(params_0)
-    _checks.require(bool(first), "params_0", _WITH_PARAMETERS, repr(params_0))
-    second = _like(first, "params_1", params_1, "params_0")
-    third = _like(first, "params_2", params_2, "params_0")
-    step, change = jnp.float32(0), jnp.float32(0)
-    for leaves in zip(first.values(), second, third, strict=True):
-        x, y, z = map(_widen, leaves)
-        # The difference of the steps: 2 y - x - z would round at the size of 2 y.
-        step += jnp.sum(jnp.abs(y - x))
-        change += jnp.sum(jnp.abs((y - x) - (z - y)))
-    return jnp.asarray(learning_rate, step.dtype) * step / change

@@ -8,35 +8,27 @@ a constant rate it is a short grid search.
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 from optax_superconv import _batches, _checks
 from optax_superconv._trees import shares_variables
-from optax_superconv.finders import _runs
-from optax_superconv.finders._range_test import RangeTestResult, range_test
+from optax_superconv.finders import _members, _runs
+from optax_superconv.finders._range_test import RangeTestResult, read_curve
 from optax_superconv.finders._suggestions import smooth_curve
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")
 Mode = Literal["range", "constant"]
 
-# One product of more multiply-adds than this pays for its own dispatch on a CPU. Time
-# of 12 members one by one over their time under vmap (three-layer MLP, width x batch,
-# two shared cores, jax 0.10.2): 16 x 64: 3.5, 64 x 64: 1.3, 128 x 64: 1.1, 256 x 64:
-# 1.1, 512 x 64: 0.6, 1024 x 64: 0.7, 128 x 512: 0.9, 256 x 512: 0.3; convolutions of 8
-# and 32 channels: 0.7 and 0.3. 128 x 128 x 512 is 2**23. Accelerators: not measured.
-_LARGE_PRODUCT = 2**23
 
-
-class GridTestResult(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class GridTestResult:
     """The curves of a grid test; array axes come in the order of ``axes``.
 
     Attributes:
@@ -63,6 +55,15 @@ class GridTestResult(NamedTuple):
     margin: float
     margin_in_errors: float
 
+    def __repr__(self) -> str:
+        return _runs.summary(
+            self,
+            f"{self.losses.shape[-1]} steps of "
+            + " x ".join(f"{len(axis)} {name}" for name, axis in self.axes.items()),
+            f"margin {self.margin:.3g} ({self.margin_in_errors:.2g} standard errors), "
+            f"best {named(self.best)}",
+        )
+
     def curve(self, **combination: float) -> RangeTestResult:
         """The range test of one combination, for :func:`suggest_learning_rate`.
 
@@ -75,12 +76,11 @@ class GridTestResult(NamedTuple):
         Returns:
           What :func:`range_test` returns for that combination.
         """
-        _checks.require(
-            self.learning_rates is not None,
-            "curve",
-            "called on a grid test with mode='range'",
-            "one with mode='constant'",
-        )
+        if self.learning_rates is None:
+            raise ValueError(
+                "`curve` must be called on a grid test with mode='range', got one with "
+                "mode='constant'."
+            )
         _checks.require(
             set(combination) == set(self.axes),
             "combination",
@@ -95,198 +95,67 @@ class GridTestResult(NamedTuple):
             rule = f"one of {axis.tolist()}"
             _checks.require(at.size > 0, name, rule, combination[name])
             index.append(int(at[0]))
-        assert self.learning_rates is not None
-        return _curve(self.losses[tuple(index)], self.learning_rates)
+        return read_curve(self.losses[tuple(index)], self.learning_rates)
 
 
-def _curve(losses: np.ndarray, ladder: np.ndarray) -> RangeTestResult:
-    """A range test that sees these losses."""
-    result = range_test(
-        lambda step, rate, batch: (step + 1, losses[step]),
-        0,
-        [None],
-        min_value=float(ladder[0]),
-        max_value=float(ladder[-1]),
-        num_steps=len(ladder),
-    )
-    return result._replace(learning_rates=ladder[: len(result.losses)])
-
-
-def _axes(grid: Mapping[str, Iterable[float]], mode: str) -> dict[str, np.ndarray]:
+def _axes(grid: Mapping[str, Iterable[float]]) -> dict[str, np.ndarray]:
     """The checked axes of the grid."""
     if not isinstance(grid, Mapping):
-        raise TypeError(
-            "`grid` must be a mapping from names to values, got a "
-            f"{type(grid).__name__}."
-        )
+        kind = type(grid).__name__
+        raise TypeError(f"`grid` must be a mapping from names to values, got a {kind}.")
     _checks.require(len(grid) > 0, "grid", "at least one axis", "none")
+    rule = "finite in float32"
+    float32 = np.finfo(np.float32)
     axes = {}
     for key, values in grid.items():
+        name = f"grid[{key!r}]"
         if not isinstance(key, str):
             raise TypeError(f"`grid` must have names for keys, got {key!r}.")
-        name = f"grid[{key!r}]"
-        if isinstance(values, str | bytes | Mapping) or not (
-            isinstance(values, Iterable)
-            and np.ndim(cast(ArrayLike, values)) == 1  # Takes anything.
-        ):
+        # Strings and mappings have no axes.
+        if np.ndim(cast(ArrayLike, values)) != 1:
             raise TypeError(f"`{name}` must be a sequence of numbers, got {values!r}.")
-        values = list(values)
-        _checks.require(len(values) > 0, name, "at least one value", "none")
-        axis = np.array(
+        axes[key] = axis = np.array(
             [
-                _checks.scalar(
-                    f"{name}[{k}]",
-                    value,
-                    "finite in float32",
-                    lambda x: np.abs(x) <= np.finfo(np.float32).max,
-                )
-                for k, value in enumerate(values)
+                _checks.scalar(f"{name}[{k}]", x, rule, lambda x: abs(x) <= float32.max)
+                for k, x in enumerate(values)
             ]
         )
+        _checks.require(axis.size > 0, name, "at least one value", "none")
         distinct = len(np.unique(axis.astype(np.float32))) == len(axis)
         _checks.require(distinct, name, "distinct values in float32", axis.tolist())
-        axes[key] = axis
-    if mode == "range":
-        _checks.require(
-            "learning_rate" not in axes,
-            "grid",
-            "without 'learning_rate', which climbs from `min_value` to `max_value` "
-            "(or take mode='constant')",
-            f"{sorted(axes)}",
-        )
     return axes
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, also those of the jaxprs inside."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for param in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")
-        ):
-            inner = getattr(param, "jaxpr", param)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
+def named(combination: Mapping[str, float]) -> str:
+    """A combination for a reader."""
+    return ", ".join(f"{name} = {value:.4g}" for name, value in combination.items())
 
 
-def _vectorized(
-    step_fn: Callable[..., Any],
-    state: Any,
-    values: dict[str, np.ndarray],
-    ladder: np.ndarray | None,
-    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
-) -> Callable[[int, Any, Sequence[int]], jax.Array]:
-    """One step of all members at once; ``advance`` for ``_runs.lockstep``."""
-    num_members = len(next(iter(values.values())))
-    padding = -num_members % len(devices) if devices else 0
-    members = each = None
-    if devices:
-        mesh = jax.sharding.Mesh(np.array(devices), ("members",))
-        spec = jax.sharding.PartitionSpec
-        members = jax.sharding.NamedSharding(mesh, spec("members"))
-        each = jax.sharding.NamedSharding(mesh, spec())
-    hyperparams = {
-        name: jax.device_put(np.pad(column, (0, padding), mode="edge"), members)
-        for name, column in values.items()
+def combination_at(axes: dict[str, np.ndarray], k: int) -> dict[str, float]:
+    """The k-th combination of all."""
+    index = np.unravel_index(k, tuple(map(len, axes.values())))
+    return {
+        name: float(axis[i])
+        for (name, axis), i in zip(axes.items(), index, strict=True)
     }
-    rates = None if ladder is None else jax.device_put(list(ladder), each)
-
-    def start_fn(state: Any) -> Any:
-        state = jax.tree.map(_runs.strong, state)
-        shape = (num_members + padding,)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, shape + x.shape), state)
-
-    step_fn = jax.jit(step_fn)  # Traced once, for the choice and for the run.
-
-    def member_fn(state: Any, hyperparams: Any, batch: Any) -> Any:
-        result = step_fn(state, hyperparams, batch)
-        _runs.check_step(result)
-        _runs.check_layout(_runs.layout(state), result[0])
-        return jax.tree.map(_runs.strong, result)
-
-    def advance_fn(states: Any, hyperparams: Any, rate: Any, batch: Any) -> Any:
-        batch = jax.tree.map(_runs.strong, batch)
-        climbing = {} if rate is None else {"learning_rate": rate}
-        return jax.vmap(lambda s, h: member_fn(s, h | climbing, batch))(
-            states, hyperparams
-        )
-
-    if devices:
-        state = jax.device_put(state, each)
-    states = jax.jit(start_fn, out_shardings=members)(state)
-    jitted = jax.jit(advance_fn, donate_argnums=0)
-
-    def advance(step: int, batch: Any, _: Sequence[int]) -> jax.Array:
-        nonlocal states
-        if devices:
-            batch = jax.device_put(batch, each)
-        rate = None if rates is None else rates[step]
-        states, losses = jitted(states, hyperparams, rate, batch)
-        return losses
-
-    return advance
-
-
-def _one_by_one(
-    step_fn: Callable[..., Any],
-    state: Any,
-    values: dict[str, np.ndarray],
-    ladder: np.ndarray | None,
-    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
-) -> Callable[[int, Any, Sequence[int]], list[Any]]:
-    """One step of one member after another; ``advance`` for ``_runs.lockstep``."""
-    num_members = len(next(iter(values.values())))
-    places = [
-        devices[k % len(devices)] if devices else None for k in range(num_members)
-    ]
-    fixed = [
-        {name: jax.device_put(column[k], place) for name, column in values.items()}
-        for k, place in enumerate(places)
-    ]
-    rates = {
-        place: [] if ladder is None else jax.device_put(list(ladder), place)
-        for place in places
-    }
-
-    def hyperparams(step: int, member: int) -> dict[str, jax.Array]:
-        if ladder is None:
-            return dict(fixed[member])
-        return fixed[member] | {"learning_rate": rates[places[member]][step]}
-
-    states = [_runs.copy_state(state, place) for place in places]
-    return _runs.sequential(step_fn, states, hyperparams, devices)
-
-
-def _vmap_pays(jaxpr: Any, platform: str) -> bool:
-    """Whether members are faster side by side."""
-    if platform != "cpu":
-        return True
-    for equation in _equations(jaxpr):
-        if equation.primitive.name == "conv_general_dilated":
-            return False
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            size = math.prod(equation.outvars[0].aval.shape)
-            if size * math.prod(shape[k] for k in contracted) > _LARGE_PRODUCT:
-                return False
-    return True
 
 
 def _compare(
     losses: np.ndarray, ladder: np.ndarray | None, axes: dict[str, np.ndarray]
 ) -> GridTestResult:
     """Scores the members' losses, (members, num_steps)."""
-    num_steps = losses.shape[1]
+    finite = np.isfinite(losses).sum(axis=1)
     tail = losses[:, -_runs.tenth(losses) :]
-    diverged = ~np.all(np.isfinite(losses), axis=1)
+    diverged = finite < losses.shape[1]
     scores, errors = np.full((2, len(losses)), np.inf)
+    advice = "(try lower learning rates)"
     if ladder is None:
         scores = np.where(diverged, np.inf, tail.mean(axis=1))
     else:
-        for k in np.flatnonzero(np.isfinite(losses[:, 0])):
-            curve = _curve(losses[k], ladder)
-            losses[k, len(curve.losses) :] = np.nan
+        advice = "in its first 10 steps (lower `min_value`, or raise `num_steps`)"
+        for k, member in enumerate(losses):
+            curve = read_curve(member, ladder)
+            member[len(curve.losses) :] = np.nan
             diverged[k] = curve.diverged
             try:
                 smooth = smooth_curve(curve)
@@ -294,42 +163,32 @@ def _compare(
                 continue
             lowest = smooth.values.argmin()
             scores[k], errors[k] = smooth.values[lowest], smooth.errors[lowest]
-
-    order = np.argsort(scores, kind="stable")
-    best, second = order[0], order[min(1, len(order) - 1)]
+    best, *others = scores.argsort(kind="stable").tolist()
     _checks.require(
         bool(np.isfinite(scores[best])),
         "grid",
-        "a grid with a combination that does not diverge "
-        + ("in its first 10 steps (lower `min_value`, or raise `num_steps`)"
-           if ladder is not None else "(try lower learning rates)"),
-        f"losses that cease to be finite after {np.isfinite(losses).sum(axis=1).min()}"
-        f" to {np.isfinite(losses).sum(axis=1).max()} steps",
-    )  # fmt: skip
-    margin = margin_in_errors = np.nan
-    if second != best:
-        margin = scores[second] - scores[best]
-        if ladder is not None:
-            error = np.hypot(errors[best], errors[second])
-        elif tail.shape[1] >= 10 and np.isfinite(margin):
-            apart = tail[second] - tail[best]
-            error = apart.std(ddof=1) / np.sqrt(len(apart))
-        else:
-            error = np.nan
-        with np.errstate(divide="ignore", invalid="ignore"):
-            margin_in_errors = np.float64(margin) / error
+        f"a grid with a combination that does not diverge {advice}",
+        f"losses that cease to be finite after {finite.min()} to {finite.max()} steps",
+    )
+    margin = error = np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if others:
+            second = others[0]
+            margin = scores[second] - scores[best]
+            if ladder is not None:
+                error = np.hypot(errors[best], errors[second])
+            elif tail.shape[1] >= 10:
+                apart = tail[second] - tail[best]
+                error = apart.std(ddof=1) / np.sqrt(len(apart))
+        margin_in_errors = np.divide(margin, error)
     shape = tuple(map(len, axes.values()))
-    index = np.unravel_index(best, shape)
     return GridTestResult(
         axes,
         ladder,
-        losses.reshape(*shape, num_steps),
+        losses.reshape(*shape, -1),
         diverged.reshape(shape),
         scores.reshape(shape),
-        {
-            name: float(axis[k])
-            for (name, axis), k in zip(axes.items(), index, strict=True)
-        },
+        combination_at(axes, best),
         float(margin),
         float(margin_in_errors),
     )
@@ -345,7 +204,7 @@ def grid_test(
     mode: Mode = "range",
     min_value: float = 1e-6,
     max_value: float = 10.0,
-    vectorize: bool | Literal["auto"] = "auto",
+    vectorize: bool = False,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
     progress: bool = False,
 ) -> GridTestResult:
@@ -370,10 +229,10 @@ def grid_test(
 
     Args:
       step_fn: ``(state, hyperparams, batch) -> (state, loss)``, the caller's own
-        training step, best jitted (``"auto"`` does it where it can). ``hyperparams`` is
-        a dict of float32 scalar arrays with a value of each axis, and
-        ``"learning_rate"`` with ``mode="range"``. The loss is a scalar. It may donate
-        its state, and must change nothing else.
+        training step, best jitted. ``hyperparams`` is a dict of float32 scalar
+        arrays with a value of each axis, and ``"learning_rate"`` with
+        ``mode="range"``. The loss is a scalar. It may donate its state, and must change
+        nothing else.
       state: A pytree of any structure. The step must keep its structure, shapes and
         dtypes. There are as many copies of it as combinations; the caller's survives.
       batches: As for :func:`range_test`; one is drawn per step and seen by all.
@@ -387,11 +246,12 @@ def grid_test(
         its values, and ``"learning_rate"`` may be an axis like any other.
       min_value: The lowest rate, above 0; for ``mode="range"``.
       max_value: The highest rate, above ``min_value``; for ``mode="range"``.
-      vectorize: Whether the members take a step together, under ``vmap``, or one after
-        another without waiting for the device. Under ``vmap`` the step is traced, and
-        its state must hold nothing but arrays and numbers. ``"auto"`` is ``vmap``,
-        unless the step cannot be traced or, on a CPU, holds a convolution or a large
-        matrix product, which run slower that way.
+      vectorize: Whether the members take a step together, under ``vmap``, instead of
+        one after another without waiting for the device. Under ``vmap`` the step is
+        traced, and its state must hold nothing but arrays and numbers. It pays for
+        small networks: on two CPU cores, 12 members one by one took 3.5, 1.3 and 0.6
+        times as long as under ``vmap`` at widths of 16, 64 and 512, and 0.3 to 0.7
+        times with convolutions.
       devices: Over which the members are spread; None leaves them where ``state`` is.
       progress: Whether to show a progress bar (needs rich).
 
@@ -426,47 +286,25 @@ def grid_test(
     """
     _checks.function("step_fn", step_fn)
     _checks.choice("mode", mode, get_args(Mode))
-    if not isinstance(vectorize, bool) and vectorize != "auto":
-        raise ValueError(
-            f"`vectorize` must be True, False or 'auto', got {vectorize!r}."
-        )
+    if not isinstance(vectorize, bool):
+        raise TypeError(f"`vectorize` must be True or False, got {vectorize!r}.")
     at_least = 10 if mode == "range" else 1  # A curve of fewer is not smoothed.
     num_steps = _checks.steps("num_steps", num_steps, at_least=at_least)
-    if devices is None:
-        devices = []
-    elif isinstance(devices, str) or not all(
-        isinstance(device, jax.Device) for device in devices
-    ):
+    places: list[Any] = [None] if devices is None else list(devices)
+    if devices is not None and not all(isinstance(d, jax.Device) for d in places):
         raise TypeError(f"`devices` must be a sequence of devices, got {devices!r}.")
-    else:
-        devices = list(devices)
-        _checks.require(len(devices) > 0, "devices", "at least one device", "none")
-    axes = _axes(grid, mode)
+    _checks.require(len(places) > 0, "devices", "at least one device", "none")
+    axes = _axes(grid)
     ladder = None
     if mode == "range":
         ladder = _runs.geometric_ladder(min_value, max_value, num_steps)
-    source = _batches.draw(batches)
-
-    shape = tuple(map(len, axes.values()))
-    columns = np.meshgrid(*axes.values(), indexing="ij")
-    values = {
-        name: column.ravel().astype(np.float32)
-        for name, column in zip(axes, columns, strict=True)
-    }
-
-    first: Any = next(source, source)
-    if first is source:
-        raise _runs.ran_dry(num_steps, 0)
-    if vectorize == "auto":
-        names = values if ladder is None else {**values, "learning_rate": ladder}
-        example = (state, dict.fromkeys(names, np.float32(0.0)), first)
-        platform = devices[0].platform if devices else jax.default_backend()
-        jaxpr = None
-        if not shares_variables(state):
-            jaxpr = _runs.jaxpr_of(step_fn, example)
-        vectorize = jaxpr is not None and _vmap_pays(jaxpr, platform)
-        if jaxpr is not None and not hasattr(step_fn, "lower"):
-            step_fn = jax.jit(step_fn)
+        _checks.require(
+            "learning_rate" not in axes,
+            "grid",
+            "without 'learning_rate', which climbs from `min_value` to `max_value` "
+            "(or take mode='constant')",
+            f"{sorted(axes)}",
+        )
     _checks.require(
         not (vectorize and shares_variables(state)),
         "state",
@@ -474,16 +312,16 @@ def grid_test(
         "`nnx.split`, or take vectorize=False)",
         "a shared one",
     )
-    build = _vectorized if vectorize else _one_by_one
-    advance = build(step_fn, state, values, ladder, devices)
-    with _runs.progress_bar("grid test", progress, num_steps) as tick:
-        losses = _runs.lockstep(
-            advance,
-            (math.prod(shape), num_steps),
-            itertools.chain([first], source),
-            drop=not vectorize,
-            tick=tick,
-        )
+    source = _batches.draw(batches)
+    columns = np.meshgrid(*axes.values(), indexing="ij")
+    values = {
+        name: column.ravel().astype(np.float32)
+        for name, column in zip(axes, columns, strict=True)
+    }
+    build = _members.together if vectorize else _members.one_by_one
+    advance = build(step_fn, state, values, ladder, places)
+    shape = columns[0].size, num_steps
+    losses = _members.train("grid test", shape, source, advance, progress)
     _checks.require(
         np.isfinite(losses[:, 0]).any(),
         "step_fn",

@@ -6,22 +6,22 @@ stays flat while the rate is too low to matter, falls, and at last blows up.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optax_superconv import _batches, _checks
-from optax_superconv._trees import shares_variables
 from optax_superconv.finders import _runs
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")
 
 
-class RangeTestResult(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class RangeTestResult:
     """The curve of a range test; NumPy arrays as long as the steps that count.
 
     Attributes:
@@ -40,56 +40,43 @@ class RangeTestResult(NamedTuple):
     diverged: bool
     eval_losses: np.ndarray | None = None
 
-
-class _Average(NamedTuple):
-    """The running average of the losses, and how long it has stood too high."""
-
-    total: float = 0.0
-    weight: float = 0.0
-    first: float = np.nan
-    best: float = np.inf
-    steps_above: int = 0
-
-
-def _observe(
-    average: _Average, loss: float, smoothing: float, divergence_factor: float
-) -> _Average:
-    """The average after one more loss."""
-    total = smoothing * average.total + (1 - smoothing) * loss
-    weight = smoothing * average.weight + (1 - smoothing)
-    smoothed = total / weight
-    first = average.first if average.weight else smoothed
-    best = min(average.best, smoothed)
-    bound = best + (divergence_factor - 1) * max(abs(first), first - best)
-    steps_above = average.steps_above + 1 if smoothed > bound else 0
-    return _Average(total, weight, first, best, steps_above)
+    def __repr__(self) -> str:
+        rates, losses = self.learning_rates, self.losses
+        return _runs.summary(
+            self,
+            f"{len(rates)} steps from {rates[0]:.3g} to {rates[-1]:.3g}",
+            f"losses from {losses[0]:.4g} down to {np.fmin.reduce(losses):.4g}, "
+            + ("diverged" if self.diverged else "not diverged"),
+        )
 
 
-def _scan(
-    step: Callable[[Any, Any, Any, bool], tuple[Any, Any, Any]],
-    state: Any,
-    batches: Any,
+def read_curve(
+    losses: Iterable[Any],
     ladder: np.ndarray,
-) -> tuple[np.ndarray, Any] | None:
-    """Losses and held-out losses of one program; None for an untraceable step."""
-    length = _batches.num_stacked(batches)
-
-    def run(state: Any, batches: Any, rates: jax.Array) -> Any:
-        def body(state: Any, scanned: Any) -> tuple[Any, Any]:
-            count, rate = scanned
-            batch = jax.tree.map(lambda leaf: leaf[count % length], batches)
-            state, *losses = step(state, rate, batch, True)
-            return state, losses
-
-        return jax.lax.scan(body, state, (jnp.arange(len(rates)), rates))[1]
-
-    state = jax.tree.map(_runs.strong, state)
-    args = state, jax.tree.map(jnp.asarray, batches), ladder
-    try:
-        lowered = jax.jit(run).lower(*args)
-    except Exception:  # A step that is wrong, not just untraceable, fails in the loop.
-        return None
-    return jax.device_get(lowered.compile()(*args))
+    *,
+    smoothing: float = 0.98,
+    divergence_factor: float = 4.0,
+    patience: int = 10,
+) -> RangeTestResult:
+    """The curve up to where it ends; takes no loss after that one."""
+    total = weight = first = 0.0
+    best, steps_above, diverged = np.inf, 0, False
+    seen: list[float] = []
+    smoothed: list[float] = []
+    for loss in map(float, losses):
+        total = smoothing * total + (1 - smoothing) * loss
+        weight = smoothing * weight + (1 - smoothing)
+        seen.append(loss)
+        smoothed.append(total / weight)
+        best = min(best, smoothed[-1])
+        first = smoothed[0]
+        bound = best + (divergence_factor - 1) * max(abs(first), first - best)
+        steps_above = steps_above + 1 if smoothed[-1] > bound else 0
+        diverged = not np.isfinite(loss) or steps_above >= patience
+        if diverged:
+            break
+    rates = ladder[: len(seen)]
+    return RangeTestResult(rates, np.asarray(seen), np.asarray(smoothed), diverged)
 
 
 def range_test(
@@ -121,8 +108,7 @@ def range_test(
 
     The steps are dispatched one after another without waiting for the device, whose
     losses are looked at every 8 steps, so ``step_fn`` may run for up to 15 steps past
-    the one that diverged; the result does not hold these. On an accelerator, stacked
-    batches and a state of arrays make it one :func:`jax.lax.scan` over all steps.
+    the one that diverged; the result does not hold these.
 
     Args:
       step_fn: ``(state, learning_rate, batch) -> (state, loss)``: the caller's own
@@ -146,7 +132,7 @@ def range_test(
         so a constant loss smooths to itself from the first step.
       divergence_factor: The factor in the rule above, above 1.
       patience: Steps the average may stay that high, at least 1.
-      progress: Whether to show a progress bar (needs rich); a scan shows none.
+      progress: Whether to show a progress bar (needs rich).
 
     Returns:
       A :class:`RangeTestResult`; see :func:`suggest_learning_rate` for its use.
@@ -180,81 +166,36 @@ def range_test(
     patience = _checks.steps("patience", patience, at_least=1)
     _checks.scalar("smoothing", smoothing, _checks.DECAY_RULE, _checks.decay_rate)
     _checks.scalar("divergence_factor", divergence_factor, "above 1", lambda x: x > 1)
-    source = _batches.draw(batches)
-
-    average = _Average()
-    losses: list[float] = []
-    smoothed: list[float] = []
-
-    def diverges(block: Iterable[jax.Array]) -> bool:
-        nonlocal average
-        for loss in map(float, block):
-            average = _observe(average, loss, smoothing, divergence_factor)
-            losses.append(loss)
-            smoothed.append(average.total / average.weight)
-            if not np.isfinite(loss) or average.steps_above >= patience:
-                return True
-        return False
-
+    rates = jax.device_put(list(ladder))
+    state = _runs.copy_state(state)
     before = _runs.layout(state)
+    eval_losses: list[jax.Array] = []
 
-    def step(state: State, rate: Any, batch: Any, first: bool) -> tuple[Any, Any, Any]:
-        result = step_fn(state, rate, batch)
-        if first:
-            _runs.check_step(result)
-            _runs.check_layout(before, result[0])
+    def advance(step: int, batch: Batch) -> jax.Array:
+        nonlocal state
+        result = step_fn(state, rates[step], batch)
+        if step == 0:
+            _runs.check_step(before, result)
         state, loss = result
-        eval_loss = None if eval_fn is None else eval_fn(state)
-        if first and eval_fn is not None:
-            _runs.check_loss("`eval_fn` must return a loss that is", eval_loss)
-        return state, loss, eval_loss
+        if eval_fn is not None:
+            eval_losses.append(eval_fn(state))
+            if step == 0:
+                wanted = "`eval_fn` must return a loss that is"
+                _runs.check_loss(wanted, eval_losses[0])
+        return loss
 
-    eval_losses: Any = []
-    scanned = None
-    # XLA's convolutions crawl inside of loops on a CPU.
-    if (
-        jax.default_backend() != "cpu"
-        and _batches.is_stacked(batches)
-        and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
-        and not shares_variables(state)
-    ):
-        scanned = _scan(step, state, batches, ladder)
-    if scanned is not None:
-        block, eval_losses = scanned
-        diverged = diverges(block)
-    else:
-        state = _runs.copy_state(state)
-        pending: list[jax.Array] = []
-        diverged = False
-        with _runs.progress_bar("range test", progress, num_steps) as advance:
-            rates = jax.device_put(list(ladder))
-            for rate, batch in zip(rates, source, strict=False):
-                first = not eval_losses
-                state, loss, eval_loss = step(state, rate, batch, first)
-                pending.append(loss)
-                eval_losses.append(eval_loss)
-                advance()
-                if len(pending) == 2 * _runs.BLOCK:
-                    diverged = diverges(pending[: _runs.BLOCK])
-                    del pending[: _runs.BLOCK]
-                    if diverged:
-                        break
-        diverged = diverged or diverges(pending)
-        if not diverged and len(eval_losses) < num_steps:
-            raise _runs.ran_dry(num_steps, len(eval_losses))
-    _runs.check_first_loss(losses[0])
-    count = len(losses)
-    if eval_fn is not None:
-        _checks.require(
-            np.isfinite(eval_losses[0]),
-            "eval_fn",
-            "finite after the first update, at `min_value`",
-            eval_losses[0],
-        )
-    return RangeTestResult(
-        ladder[:count],
-        np.asarray(losses),
-        np.asarray(smoothed),
-        diverged,
-        None if eval_fn is None else np.asarray(eval_losses[:count], np.float64),
+    source = _batches.draw(batches)
+    result = read_curve(
+        _runs.dispatch("range test", len(ladder), source, advance, progress),
+        ladder,
+        smoothing=smoothing,
+        divergence_factor=divergence_factor,
+        patience=patience,
     )
+    _runs.check_first_loss(result.losses[0])
+    if eval_fn is None:
+        return result
+    held_out = np.asarray(eval_losses[: len(result.losses)], np.float64)
+    rule = "finite after the first update, at `min_value`"
+    _checks.require(np.isfinite(held_out[0]), "eval_fn", rule, held_out[0])
+    return dataclasses.replace(result, eval_losses=held_out)

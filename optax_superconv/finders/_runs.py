@@ -1,13 +1,13 @@
 """How does a finder run the caller's training step?
 
-What the range test, the grid and the threshold share: where batches come from, how the
-caller's state survives, and what a step must return.
+What the range test, the grid and the threshold share: how the caller's state survives,
+what a step must return, and when its losses are looked at.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -19,6 +19,7 @@ from optax_superconv._batches import is_array
 from optax_superconv._trees import copy_tree
 
 State = TypeVar("State")
+Seen = TypeVar("Seen")
 
 # Losses are looked at in blocks, one block behind the step that is dispatched, so that
 # the device never waits for the host: what ends a run is seen at most 2 * BLOCK - 1
@@ -51,35 +52,6 @@ def geometric_ladder(
     return ladder
 
 
-def ran_dry(num_steps: int, steps_run: int) -> ValueError:
-    """The error for an iterator that ended too soon."""
-    return ValueError(
-        f"`batches` must yield a batch for each of `num_steps` ({num_steps}) steps,"
-        f" got an iterator that ran dry after {steps_run}. A sequence starts again"
-        " at its end."
-    )
-
-
-def jaxpr_of(step_fn: Any, example: tuple[Any, ...]) -> Any:
-    """The jaxpr of a step that takes these arguments; None if it cannot be traced."""
-    try:
-        return jax.make_jaxpr(jax.jit(step_fn))(*jax.tree.map(strong, example)).jaxpr
-    except Exception:  # A step that is wrong, not just untraceable, fails when run.
-        return None
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of PRNG keys."""
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    )
-
-
-def strong(leaf: Any) -> jax.Array:
-    """An array whose dtype is its own, not a Python number's."""
-    return jnp.asarray(leaf, None if is_key(leaf) else jnp.result_type(leaf))
-
-
 def copy_state(state: State, device: jax.Device | None = None) -> State:  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
     """A state whose arrays may be donated, in place of the caller's."""
     copies: dict[int, jax.Array] = {}
@@ -99,6 +71,11 @@ def copy_state(state: State, device: jax.Device | None = None) -> State:  # pyri
         return copies[id(leaf)]
 
     return copy_tree(state, copied)
+
+
+def strong(leaf: Any) -> jax.Array:
+    """An array whose dtype is its own, not a Python number's."""
+    return jnp.asarray(leaf, jnp.result_type(leaf))
 
 
 def tenth(losses: np.ndarray) -> int:
@@ -121,27 +98,18 @@ def noise(losses: np.ndarray) -> float:
     return float(1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2))
 
 
+def _is_numeric(leaf: Any) -> bool:
+    return is_array(leaf) or isinstance(leaf, int | float | complex)
+
+
 def check_loss(wanted: str, loss: Any) -> None:
     """Raises unless a loss is a real scalar; ``wanted`` begins the message."""
-    try:
-        if loss is None:  # It would pass for a number.
-            raise TypeError
-        dtype, shape = jnp.result_type(loss), np.shape(loss)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{wanted} a number, got a loss of type {type(loss).__name__}."
-        ) from None
+    if not _is_numeric(loss):
+        kind = type(loss).__name__
+        raise TypeError(f"{wanted} a number, got a loss of type {kind}.")
+    dtype, shape = jnp.result_type(loss), np.shape(loss)
     if shape or jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(f"{wanted} a real scalar, got {dtype} of shape {shape}.")
-
-
-def check_step(result: Any) -> None:
-    """Raises unless a step returned ``(state, loss)`` with a real scalar loss."""
-    wanted = "`step_fn` must return a pair (state, loss) with a loss that is"
-    if not isinstance(result, tuple) or len(result) != 2:
-        count = f" of {len(result)}" if isinstance(result, tuple) else ""
-        raise TypeError(f"{wanted} a number, got a {type(result).__name__}{count}.")
-    check_loss(wanted, result[1])
 
 
 def check_first_loss(loss: float) -> None:
@@ -155,140 +123,79 @@ def check_first_loss(loss: float) -> None:
     )
 
 
-def layout(state: Any) -> tuple[Any, dict[str, str]]:
-    """What a step must not change: the structure, and each leaf's dtype and shape."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
-    numeric = int | float | complex  # And bool, which is an int.
-    return structure, {
-        jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
-        for path, leaf in leaves
-        if is_array(leaf) or isinstance(leaf, numeric)
+def check_alike(
+    name: str, rule: str, wanted: dict[str, Any], found: dict[str, Any]
+) -> None:
+    """Raises unless two trees hold the same at the same paths."""
+    for path in {**wanted, **found}:
+        old, new = (where.get(path, "nothing") for where in (wanted, found))
+        _checks.require(old == new, name, f"{rule}, with {old} at {path}", new)
+
+
+def layout(state: Any) -> dict[str, str]:
+    """What a step must not change: the dtype and the shape at each path."""
+    return {
+        f"state{jax.tree_util.keystr(path)}": (
+            f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if _is_numeric(leaf)
     }
 
 
-def check_layout(before: tuple[Any, dict[str, str]], state: Any) -> None:
-    """Raises unless a step returned a state laid out as the one it was given."""
-    structure, leaves = layout(state)
-    rule = "`step_fn` must return a state like the one it is given"
-    if structure != before[0]:
-        changed = [f"no state{path}" for path in before[1].keys() - leaves.keys()]
-        changed += [f"a new state{path}" for path in leaves.keys() - before[1].keys()]
-        what = ", ".join(sorted(changed)[:3]) or f"{structure}"
-        raise ValueError(f"{rule} in structure, got one with {what[:300]}.")
-    for path, kind in before[1].items():
-        if leaves.get(path) != kind:
-            where = f"state{path} "
-            raise ValueError(
-                f"{rule} ({where}is {kind}), got {leaves.get(path, 'no array')}."
-            )
+def check_step(before: dict[str, str], result: Any) -> None:
+    """Raises unless a step returned a real loss and a state laid out as ``before``."""
+    wanted = "`step_fn` must return a pair (state, loss) with a loss that is"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{wanted} a number, got a {type(result).__name__}.")
+    check_loss(wanted, result[1])
+    rule = "a function that returns a state like the one it is given"
+    check_alike("step_fn", rule, before, layout(result[0]))
 
 
-def sequential(
-    step_fn: Callable[[Any, Any, Any], Any],
-    states: list[Any],
-    hyperparams: Callable[[int, int], Any],
-    devices: Sequence[jax.Device] = (),  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
-) -> Callable[[int, Any, Sequence[int]], list[Any]]:
-    """One step of each member, dispatched one after another; advances ``states``.
-
-    Args:
-      step_fn: ``(state, hyperparams, batch) -> (state, loss)``.
-      states: One per member, replaced as they are trained.
-      hyperparams: ``(step, member) -> hyperparams``.
-      devices: Where the members live in turn; empty leaves the batches where they are.
-
-    Returns:
-      ``advance`` for :func:`lockstep`.
-    """
-    before = layout(states[0])
-
-    def advance(step: int, batch: Any, members: Sequence[int]) -> list[Any]:
-        placed: dict[int, Any] = {} if devices else {0: batch}
-        losses: list[Any] = []
-        for member in members:
-            where = member % len(devices) if devices else 0
-            if where not in placed:
-                placed[where] = jax.tree.map(
-                    lambda x, d=devices[where]: (
-                        jax.device_put(x, d) if is_array(x) else x
-                    ),
-                    batch,
-                )
-            result = step_fn(states[member], hyperparams(step, member), placed[where])
-            if step == 0 and not losses:
-                check_step(result)
-                check_layout(before, result[0])
-            states[member], loss = result
-            losses.append(loss)
-        return losses
-
-    return advance
+def put(tree: Any, where: Any) -> Any:
+    """The arrays of a tree on a device or a sharding; None leaves them."""
+    if where is None:
+        return tree
+    return jax.tree.map(lambda x: jax.device_put(x, where) if is_array(x) else x, tree)
 
 
-def lockstep(
-    advance: Callable[[int, Any, Sequence[int]], Any],
-    shape: tuple[int, int],
+def dispatch(
+    title: str,
+    num_steps: int,
     source: Iterator[Any],
-    *,
-    drop: bool = True,
-    tick: Callable[[], None] = lambda: None,
-) -> np.ndarray:
-    """Trains several members on the same batches; returns their losses.
-
-    Args:
-      advance: ``(step, batch, members) -> losses``, one per member.
-      shape: (members, steps).
-      source: Yields the batches, one for each step.
-      drop: Whether to leave out members whose loss was not finite. They are looked for
-        as in the range test, so that the device does not wait for the host.
-      tick: Called after each step.
-
-    Returns:
-      (members, steps) float64, NaN after a member's first loss that is not finite.
-    """
-    num_members, num_steps = shape
-    losses = np.full(shape, np.nan)
-    running = np.arange(num_members)
-    pending: list[tuple[int, np.ndarray, Any]] = []
-    alive = np.full(num_members, True)
-
-    def look(block: list[tuple[int, np.ndarray, Any]]) -> None:
-        for step, members, values in block:
-            values = np.asarray(jax.device_get(values), np.float64)[: len(members)]
-            seen = alive[members]
-            losses[members[seen], step] = values[seen]
-            alive[members] &= np.isfinite(values)
-
-    steps_run = 0
-    for step, batch in zip(range(num_steps), source, strict=False):
-        pending.append((step, running, advance(step, batch, running.tolist())))
-        steps_run += 1
-        tick()
+    advance: Callable[[int, Any], Seen],
+    progress: bool,
+) -> Iterator[Seen]:
+    """What ``advance(step, batch)`` gives, at least ``BLOCK`` steps after its call."""
+    steps: Iterable[int] = range(num_steps)
+    if progress:
+        try:
+            from rich.progress import track
+        except ImportError as error:
+            raise ImportError(
+                "`progress=True` needs rich: pip install 'optax-superconv[progress]'."
+            ) from error
+        steps = track(steps, title)
+    pending: list[Seen] = []
+    count = 0
+    for step, batch in zip(steps, source, strict=False):
+        pending.append(advance(step, batch))
+        count += 1
         if len(pending) == 2 * BLOCK:
-            look(pending[:BLOCK])
+            yield from pending[:BLOCK]
             del pending[:BLOCK]
-            if not alive.any():
-                break
-            if drop:
-                running = np.flatnonzero(alive)
-    look(pending)
-    if alive.any() and steps_run < num_steps:
-        raise ran_dry(num_steps, steps_run)
-    return losses
+    yield from pending
+    if count < num_steps:
+        raise ValueError(
+            f"`batches` must yield a batch for each of `num_steps` ({num_steps}) steps,"
+            f" got an iterator that ran dry after {count}. A sequence starts again at "
+            "its end."
+        )
 
 
-@contextlib.contextmanager
-def progress_bar(title: str, show: bool, total: int) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each step."""
-    if not show:
-        yield lambda: None
-        return
-    try:
-        from rich.progress import Progress
-    except ImportError as error:
-        raise ImportError(
-            "`progress=True` needs rich: pip install 'optax-superconv[progress]'."
-        ) from error
-    with Progress() as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
+def summary(result: Any, *lines: str) -> str:
+    """The ``repr`` of a result: short lines."""
+    shown = [textwrap.shorten(line, 70, placeholder=" ...") for line in lines]
+    facts = ",\n  ".join(shown)
+    return f"{type(result).__name__}({facts})"

@@ -128,17 +128,16 @@ def _suggest(result: RangeTestResult, method: Method) -> float:
     highest = int(values[: lowest + 1].argmax())
     fall = values[highest] - values[lowest]
     doubt = 5 * np.hypot(curve.errors[highest], curve.errors[lowest])
-    if not fall > max(doubt, 1e-6 * np.abs(values).max()):
-        rises = values.max() - values[0] > max(doubt, 1e-6 * np.abs(values).max())
-        raise ValueError(
-            "`result` must be a curve with a fall in it, got one that "
-            + (
-                "rises from the start: run the range test with a lower `min_value`."
-                if rises
-                else "is flat: run the range test with a higher `max_value`, or with "
-                "more `num_steps` where noise hides the fall."
-            )
-        )
+    doubt = max(doubt, 1e-6 * np.abs(values).max())
+    _checks.require(
+        bool(fall > doubt),
+        "result",
+        "a curve with a fall in it",
+        "one that rises from the start: run the range test with a lower `min_value`"
+        if values.max() - values[0] > doubt
+        else "one that is flat: run the range test with a higher `max_value`, or with "
+        "more `num_steps` where noise hides the fall",
+    )
     if method == "minimum":
         return float(10 ** log_rates[lowest] / 10)
     falling = slice(highest, lowest + 1)
@@ -160,18 +159,14 @@ def _suggestions(
         try:
             found.append(_suggest(result, method))
         except ValueError as error:
-            reasons.append(str(error).partition("`result` must be ")[2].rstrip("."))
-    why = "; ".join(f"it must be {reason}" for reason in dict.fromkeys(reasons))
-    _checks.require(
-        bool(found),
-        name,
-        f"range tests of which one holds a suggestion ({why})",
-        f"{len(reasons)} without",
-    )
+            reasons.append(str(error))
+    why = " ".join(dict.fromkeys(reasons))
+    holding = f"range tests of which one holds a suggestion ({why})"
+    _checks.require(bool(found), name, holding, f"{len(reasons)} without")
     if reasons:
         warnings.warn(
-            f"{len(reasons)} of {len(reasons) + len(found)} range tests hold no "
-            f"suggestion and are left out: {why}.",
+            f"{len(reasons)} of {len(results)} range tests hold no suggestion and are "
+            f"left out: {why}",
             stacklevel=3,
         )
     return np.asarray(found)
@@ -302,10 +297,8 @@ def suggest_interval(
     _checks.scalar(
         "level", level, "above 0 and at most 1", lambda x: (x > 0) & (x <= 1)
     )
-    results = as_results("results", results)
+    found = _suggestions("results", as_results("results", results), method)
     two = "at least 2 range tests that hold a suggestion"
-    _checks.require(len(results) >= 2, "results", two, len(results))
-    found = _suggestions("results", results, method)
     _checks.require(len(found) >= 2, "results", two, len(found))
     outside = (1 - level) / 2
     low, high = np.quantile(found, [outside, 1 - outside])

@@ -9,21 +9,24 @@ too few steps at each rate for a slow divergence to show.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from optax_superconv import _batches, _checks
-from optax_superconv.finders import _runs
+from optax_superconv.finders import _members, _runs
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")
 
 
-class ThresholdResult(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class ThresholdResult:
     """The convergence threshold, and the runs that bracket it, by rising rate.
 
     Attributes:
@@ -36,10 +39,7 @@ class ThresholdResult(NamedTuple):
         the first that is not finite.
       end_losses: (n,) float64, the mean of the last tenth; NaN where not finite.
       regimes: n labels: ``"too slow"``, ``"1"`` (converges), ``"2"`` (learns without
-        converging; ``"2A"`` or ``"2B"`` after fine-tuning), ``"3"`` (learns nothing).
-      finetuned_losses: (n, num_steps) float64 as ``losses``, at ``finetune_rate`` from
-        the end of each finite run in regimes 2 and 3, otherwise NaN. None without
-        fine-tuning.
+        converging), ``"3"`` (learns nothing).
     """
 
     threshold: float
@@ -50,83 +50,74 @@ class ThresholdResult(NamedTuple):
     losses: np.ndarray
     end_losses: np.ndarray
     regimes: tuple[str, ...]
-    finetuned_losses: np.ndarray | None
+
+    def __repr__(self) -> str:
+        rates = self.rates
+        counts = collections.Counter(self.regimes).items()
+        return _runs.summary(
+            self,
+            f"threshold {self.threshold:.4g}, target loss {self.target_loss:.4g}",
+            f"{len(rates)} rates from {rates[0]:.3g} to {rates[-1]:.3g}: "
+            + ", ".join(f"{count} {label!r}" for label, count in counts),
+        )
 
 
-class _Judge(NamedTuple):
-    """What the ladder says about every run."""
+def _judge(
+    losses: np.ndarray, ladder: np.ndarray, target: float | None
+) -> tuple[float, float, int, int]:
+    """What the ladder's runs say.
 
-    target: float
-    untrained: float  # end losses from here up have learned nothing
-    slowest: float  # rate that converges
-    bracket: tuple[int, int]  # on the ladder
-
-    def regime(self, rate: float, end: float) -> str:
-        if end <= self.target:
-            return "1"
-        if not np.isfinite(end):
-            return "3"
-        if rate < self.slowest:
-            return "too slow"
-        return "2" if end < self.untrained else "3"
-
-
-def _judge(losses: np.ndarray, ladder: np.ndarray, target: float | None) -> _Judge:
-    """The target, and where on the ladder runs cease to reach it."""
+    Returns:
+      The target; the end loss from which up nothing was learned; the first and the
+      last place of the interval that converges.
+    """
     first, top = float(losses[0, 0]), len(ladder) - 1
     _runs.check_first_loss(first)
+    given = target is not None
     if target is not None:
         rule = f"below the first loss ({first:.4g})"
         _checks.require(target < first, "target_loss", rule, target)
-    ends = _runs.end_losses(losses)
-    _checks.require(
-        np.isfinite(ends).any(),
-        "bounds",
-        "low enough that some run does not diverge (lower `bounds[0]`)",
-        f"losses that cease to be finite at every rate from {ladder[0]:.3g} up",
-    )
-    lowest = int(np.nanargmin(ends))
+    ends = np.nan_to_num(_runs.end_losses(losses), nan=np.inf)
+    lowest = int(ends.argmin())
     best = float(ends[lowest])
-    seen = f"a lowest end loss of {best:.4g} (at rate {ladder[lowest]:.3g}) "
+    seen = f"a lowest end loss of {best:.4g} (at rate {ladder[lowest]:.3g})"
     # A single loss is as noisy as its batch, so the start is a mean as the ends are;
     # unless the lowest rate learns as quickly as that.
     noise = 3 * _runs.noise(losses[0])
     start = max(float(losses[0, : _runs.tenth(losses)].mean()), first - noise)
     noise *= math.sqrt(2 / _runs.tenth(losses))
-    higher = "raise `bounds[1]` or `num_steps`"
-    remedy = {0: "lower `bounds[0]`", top: higher}.get(lowest, "raise `num_steps`")
     _checks.require(
         start - best > max(noise, 1e-6 * abs(start)),
         "bounds",
         "rates of which some learn within `num_steps` (lower `bounds[0]` if all are "
-        f"too large; otherwise {higher})",
-        f"{seen}against {start:.4g} at the start, no more than noise",
+        "too large; otherwise raise `bounds[1]` or `num_steps`)",
+        f"{seen} after a first loss of {first:.4g}, no more than noise",
     )
-    given = target is not None
     if target is None:
         target = start - 0.9 * (start - best)
+    remedy = "raise `num_steps` or `bounds[1]`" if lowest else "lower `bounds[0]`"
     _checks.require(
         best <= target,
         "target_loss",
-        f"reached at some rate ({remedy}, or `target_loss`)",
-        f"{seen}for a target of {target:.4g}, which was never reached",
+        f"reached at some rate ({remedy}, or raise `target_loss`)",
+        f"{seen}, never {target:.4g}",
     )
-    with np.errstate(invalid="ignore"):
-        converged = ends <= target
-        good = converged & (ends <= best + 1e-3 * (start - best))
-    # The interval around the best rate; of equals the largest.
+    converged = ends <= target
+    # Of rates that are as good as the best the largest, and the interval around it.
+    good = converged & (ends <= best + 1e-3 * (start - best))
     low = high = int(np.flatnonzero(good)[-1])
     _checks.require(
         high > 0 or given,
         "bounds",
         "low enough that the lowest rate is not the best (lower `bounds[0]`, or give "
         "`target_loss`)",
-        f"{seen}and higher ones at every other rate",
+        f"{seen} and higher ones at every other rate",
     )
-    while reached := [k for k in (high + 1, high + 2) if k <= top and converged[k]]:
-        high = reached[0]
-    while reached := [k for k in (low - 1, low - 2) if k >= 0 and converged[k]]:
-        low = reached[0]
+    # A single rate that misses the target does not end it.
+    while converged[high + 1 : high + 3].any():
+        high += 1
+    while converged[max(low - 2, 0) : low].any():
+        low -= 1
     _checks.require(
         high < top,
         "bounds",
@@ -134,8 +125,7 @@ def _judge(losses: np.ndarray, ladder: np.ndarray, target: float | None) -> _Jud
         f"an end loss of {ends[top]:.4g} at {ladder[top]:.3g}, which reaches the "
         f"target of {target:.4g}",
     )
-    untrained = start - max(noise, 0.05 * (start - best))
-    return _Judge(target, untrained, ladder[low], (high, high + 1))
+    return target, start - max(noise, 0.05 * (start - best)), low, high
 
 
 def convergence_threshold(
@@ -148,7 +138,6 @@ def convergence_threshold(
     target_loss: float | None = None,
     num_rates: int = 16,
     rtol: float = 0.02,
-    finetune_rate: float | None = None,
     progress: bool = False,
 ) -> ThresholdResult:
     r"""Finds the largest constant rate that still converges within ``num_steps``.
@@ -173,8 +162,8 @@ def convergence_threshold(
     larger ``num_steps`` finds a larger threshold. In Sadrtdinov et al.'s ResNet-18 runs
     it grew by 30 % for a 30-fold budget.
 
-    Just above the threshold begins regime 2A, where training does not converge but
-    fine-tuning at a small rate, or averaging the weights, generalises best. It is 0.4
+    Just above the threshold, training does not converge, but fine-tuning at a small
+    rate, or averaging the weights, generalises best: the paper's regime 2A. It is 0.4
     to 1.7 decades wide in Sadrtdinov et al.'s set-ups, and twice the threshold lies
     inside in all of them; hence ``suggested_band``. That 1.5 times the threshold is a
     good rate to train at before fine-tuning is our reading, not the paper's.
@@ -183,12 +172,11 @@ def convergence_threshold(
       step_fn: ``(state, learning_rate, batch) -> (state, loss)``, as for
         :func:`range_test`: the caller's own training step, best jitted. The new state
         must have the structure, the shapes and the dtypes of the old one.
-      state: Any pytree; the caller's survives. The ladder holds ``num_rates`` copies;
-        with ``finetune_rate`` the end of every run is kept, about 6 more.
+      state: Any pytree; the caller's survives. The ladder holds ``num_rates`` copies.
       batches: As for :func:`range_test`. A sequence or a stacked pytree starts at its
         beginning for every run, so that all rates see the same batches. An iterator is
-        drawn on: the ladder's runs share its batches, each run of the bisection takes
-        ``num_steps`` new ones, and so does the fine-tuning.
+        drawn on: the ladder's runs share its batches, and each run of the bisection
+        takes ``num_steps`` new ones.
       num_steps: Steps of each run, at least 2.
       bounds: The lowest and the highest rate of the ladder: a pair, rising, above 0.
       target_loss: The end loss that counts as converged, below the first loss; None
@@ -197,11 +185,7 @@ def convergence_threshold(
       rtol: Relative width of the last bracket, at least 1e-6 (rates are float32). It is
         not how far a repeat would land: other batches or another initialisation move
         the threshold of a noisy run by more.
-      finetune_rate: Above 0, and best in regime 1: trains the end states that did not
-        converge for another ``num_steps`` at this rate, and calls those of regime 2
-        that now reach the target ``"2A"`` and the others ``"2B"``. None trains no
-        further.
-      progress: Whether to show a progress bar (needs rich).
+      progress: Whether to show a progress bar, one per run (needs rich).
 
     Returns:
       A :class:`ThresholdResult`. A run learns nothing (regime 3) if its end loss is not
@@ -244,69 +228,45 @@ def convergence_threshold(
     _checks.scalar("rtol", rtol, "at least 1e-6 and finite", lambda x: x >= 1e-6)
     if target_loss is not None:
         target_loss = _checks.scalar("target_loss", target_loss)
-    if finetune_rate is not None:
-        _checks.scalar("finetune_rate", finetune_rate, "above 0", lambda x: x > 0)
-    spacing = math.log(ladder[1] / ladder[0]) / math.log1p(rtol)
-    total = (1 + max(0, math.ceil(math.log2(spacing)))) * num_steps
-    if finetune_rate is not None:
-        total += num_steps
 
-    with _runs.progress_bar("convergence threshold", progress, total) as tick:
+    def train(title: str, rates: np.ndarray) -> np.ndarray:
+        """Losses at constant rates."""
+        advance = _members.one_by_one(
+            lambda state, hyperparams, batch: step_fn(
+                state, hyperparams["learning_rate"], batch
+            ),
+            state,
+            {"learning_rate": rates},
+        )
+        source = _batches.draw(batches)  # Starts again, unless it is an iterator.
+        shape = len(rates), num_steps
+        return _members.train(title, shape, source, advance, progress)
 
-        def train(states: list[Any], rates: np.ndarray) -> np.ndarray:
-            """Losses at constant rates; the states are replaced by the last ones."""
-            each = jax.device_put(list(rates.astype(np.float32)))
-            return _runs.lockstep(
-                _runs.sequential(step_fn, states, lambda _, member: each[member]),
-                (len(states), num_steps),
-                _batches.draw(batches),  # Starts again, unless it is an iterator.
-                tick=tick,
-            )
+    rates, losses = ladder, train("ladder of rates", ladder)
+    target, untrained, low, high = _judge(losses, ladder, target_loss)
+    below, above = map(float, ladder[high : high + 2])
+    while above / below > 1 + rtol:
+        rate = np.array([math.sqrt(below * above)], np.float32)
+        curve = train("bisection", rate)
+        if _runs.end_losses(curve)[0] <= target:
+            below = float(rate[0])
+        else:
+            above = float(rate[0])
+        rates, losses = np.append(rates, rate), np.append(losses, curve, axis=0)
 
-        states = [_runs.copy_state(state) for _ in ladder]
-        losses = train(states, ladder)
-        judge = _judge(losses, ladder, target_loss)
-        keeps = finetune_rate is not None
-        last: list[Any] = states if keeps else [None] * num_rates
-        runs: list[tuple[Any, Any, Any]] = list(zip(ladder, losses, last, strict=True))
-        (below, above), states = ladder[list(judge.bracket)], []
-        while above / below > 1 + rtol:
-            states = [_runs.copy_state(state)]
-            rate = np.float32(math.sqrt(float(below) * float(above)))
-            (curve,) = train(states, np.array([rate]))
-            converges = _runs.end_losses(curve) <= judge.target
-            below, above = (rate, above) if converges else (below, rate)
-            runs.append((rate, curve, states[0] if keeps else None))
-
-        runs.sort(key=lambda run: run[0])
-        rates, losses = (np.array([run[k] for run in runs]) for k in (0, 1))
-        ends = _runs.end_losses(losses)
-        regimes = [judge.regime(*pair) for pair in zip(rates, ends, strict=True)]
-        finetuned = None
-        if finetune_rate is not None:
-            finetuned = np.full_like(losses, np.nan)
-            again = [
-                k
-                for k, regime in enumerate(regimes)
-                if regime in ("2", "3") and np.isfinite(ends[k])
-            ]
-            if again:
-                states = [runs[k][2] for k in again]
-                finetuned[again] = train(states, np.full(len(again), finetune_rate))
-            reaches = _runs.end_losses(finetuned) <= judge.target
-            regimes = [
-                regime + ("A" if reached else "B") if regime == "2" else regime
-                for regime, reached in zip(regimes, reaches, strict=True)
-            ]
-    threshold = math.sqrt(float(below) * float(above))
+    order = rates.argsort()
+    rates, losses = rates[order], losses[order]
+    ends = _runs.end_losses(losses)
+    told = [ends <= target, ~np.isfinite(ends), rates < ladder[low], ends < untrained]
+    regimes = np.select(told, ["1", "3", "too slow", "2"], "3")
+    threshold = math.sqrt(below * above)
     return ThresholdResult(
         threshold,
         1.5 * threshold,
         (threshold, 2 * threshold),
-        judge.target,
+        target,
         rates,
         losses,
         ends,
-        tuple(regimes),
-        finetuned,
+        tuple(regimes.tolist()),
     )
