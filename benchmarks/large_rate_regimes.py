@@ -25,8 +25,6 @@ training loss of 0.01.
 """
 
 import functools
-import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,16 +58,8 @@ STAGES = {
     "high": f"fine-tuned at {HIGH:g}",
     **{f"SWA{count}": f"SWA{count}" for count in COUNTS},
 }
-# Modules of the package and of the benchmarks that this one does not use.
-UNUSED = (
-    "plotting",
-    "groups",
-    "late_decay_minimum_norm",
-    "late_decay_training",
-    "overhead",
-    "range_test_quality",
-    "transfer",
-)
+# Of the accuracies with a single feature.
+BEST = {"best feature": 1, "second feature": 2, "median feature": NUM_FEATURES // 2}
 
 
 class Budget(NamedTuple):
@@ -137,27 +127,23 @@ def make_problem(seed: int, budget: Budget) -> Problem:
 
     train, test = examples(budget.num_train), examples(budget.num_test)
     only = [with_only(feature) for feature in range(NUM_FEATURES)]
-    features = [np.stack(part) for part in zip(*only, strict=True)]
+    inputs, labels = map(np.stack, zip(*only, strict=True))
     head = rng.normal(size=WIDTH)
+    head *= HEAD_NORM / np.linalg.norm(head)
     weights = rng.normal(size=(2 * NUM_FEATURES + WIDTH, WIDTH))
     weights /= np.linalg.norm(weights)
-    problem = Problem(
-        train,
-        test,
-        (features[0], features[1]),
-        HEAD_NORM * head / np.linalg.norm(head),
-        np.split(weights, [2 * NUM_FEATURES]),
-    )
+    start = np.split(weights, [2 * NUM_FEATURES])
+    problem = Problem(train, test, (inputs, labels), head, start)
     return jax.tree.map(lambda array: array.astype(np.float32), problem)
 
 
-def make_orders(seed: int, budget: Budget) -> tuple[np.ndarray, np.ndarray]:
+def make_orders(seed: int, budget: Budget) -> list[np.ndarray]:
     """(steps, batch size) indices of examples, for pre-training and fine-tuning."""
-    draw = functools.partial(tasks.shuffled, budget.num_train, BATCH_SIZE)
-    return (
-        draw(budget.pretrain_steps, seed),
-        draw(budget.finetune_steps, 10_000 + seed),
-    )
+    lengths = budget.pretrain_steps, budget.finetune_steps
+    return [
+        tasks.shuffled(budget.num_train, BATCH_SIZE, steps, seed + 10_000 * k)
+        for k, steps in enumerate(lengths)
+    ]
 
 
 # --- the network and its training -----------------------------------------------------
@@ -207,13 +193,7 @@ def make_tx(rate: Any, *averages: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="spacing")
-def train(
-    params: Any,
-    rates: jax.Array,
-    problems: Problem,
-    orders: Any,
-    spacing: int = 0,
-) -> tuple[Any, dict[str, Any]]:
+def train(params, rates, problems, orders, spacing=0) -> tuple[Any, dict[str, Any]]:
     """The last parameters, and averages, of each seed (axis 0) and rate (axis 1)."""
     # The last sample is the last step's.
     last, counts = orders.shape[1] - 1, COUNTS if spacing else ()
@@ -222,10 +202,10 @@ def train(
         for n in counts
     }
 
-    def run(params: Any, rate: Any, problem: Problem, order: Any) -> tuple[Any, Any]:
+    def run(params, rate, problem, order) -> tuple[Any, Any]:
         tx = make_tx(rate, *averages.values())
 
-        def body(state: Any, chosen: jax.Array) -> tuple[Any, None]:
+        def body(state, chosen) -> tuple[Any, None]:
             params, opt_state = state
             inputs, labels = (array[chosen] for array in problem.train)
             grads = jax.grad(loss_fn)(params, problem.head, inputs, labels)
@@ -238,16 +218,15 @@ def train(
         }
 
     over_rates = jax.vmap(run, in_axes=(0, 0, None, None))
-    return jax.vmap(over_rates, in_axes=(0, None, 0, 0))(
-        params, rates, problems, orders
-    )
+    over_seeds = jax.vmap(over_rates, in_axes=(0, None, 0, 0))
+    return over_seeds(params, rates, problems, orders)
 
 
 @jax.jit
-def evaluate(params: Any, problems: Problem) -> dict[str, jax.Array]:
+def evaluate(params, problems) -> dict[str, jax.Array]:
     """(seeds, rates) accuracies, and of each feature (seeds, rates, features)."""
 
-    def run(params: Any, problem: Problem) -> dict[str, jax.Array]:
+    def run(params, problem) -> dict[str, jax.Array]:
         measure = functools.partial(accuracy, params, problem.head)
         return {
             "train": measure(problem.train),
@@ -259,17 +238,17 @@ def evaluate(params: Any, problems: Problem) -> dict[str, jax.Array]:
 
 
 @jax.jit
-def compare(first: Any, second: Any, problems: Problem) -> dict[str, jax.Array]:
+def compare(first, second, problems) -> dict[str, jax.Array]:
     """(seeds, rates): the angle between two networks, and the barriers on the way.
 
     A barrier is how far the error, on the segment projected to the sphere, rises above
     the line between the errors at its ends.
     """
 
-    def run(first: Any, second: Any, problem: Problem) -> dict[str, jax.Array]:
+    def run(first, second, problem) -> dict[str, jax.Array]:
         positions = jnp.linspace(0, 1, 21)
 
-        def errors(position: Any) -> jax.Array:
+        def errors(position) -> jax.Array:
             between = jax.tree.map(
                 lambda a, b: (1 - position) * a + position * b, first, second
             )
@@ -278,21 +257,14 @@ def compare(first: Any, second: Any, problems: Problem) -> dict[str, jax.Array]:
 
         curve = lax.map(errors, positions)
         line = curve[0] + positions[:, None] * (curve[-1] - curve[0])
-        barriers = jnp.max(curve - line, axis=0)
-        cosine = jnp.clip(optax.tree.vdot(first, second), -1, 1)
-        return {
-            "angle": jnp.arccos(cosine),
-            "train barrier": barriers[0],
-            "test barrier": barriers[1],
-        }
+        train, test = jnp.max(curve - line, axis=0)
+        angle = jnp.arccos(jnp.clip(optax.tree.vdot(first, second), -1, 1))
+        return {"angle": angle, "train barrier": train, "test barrier": test}
 
-    over_rates = jax.vmap(run, in_axes=(0, 0, None))
-    return jax.vmap(over_rates)(first, second, problems)
+    return jax.vmap(jax.vmap(run, in_axes=(0, 0, None)))(first, second, problems)
 
 
-def run_group(
-    seeds: Sequence[int], rates: Sequence[float], budget: Budget
-) -> dict[str, Any]:
+def run_group(seeds, rates, budget: Budget) -> dict[str, Any]:
     """What each seed (axis 0) and rate (axis 1) of pre-training comes to."""
     each = [make_problem(seed, budget) for seed in seeds]
     problems = jax.tree.map(lambda *arrays: np.stack(arrays), *each)
@@ -309,12 +281,9 @@ def run_group(
     )
     params, _ = train(start, plr, problems, body)
     params, averages = train(params, plr, problems, tail, budget.spacing)
-    finetuned, _ = train(
-        jax.tree.map(lambda array: jnp.concatenate([array, array], axis=1), params),
-        np.repeat(np.array([LOW, HIGH], np.float32), count),
-        problems,
-        finetune_orders,
-    )
+    twice = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), params)
+    finetune_rates = np.repeat(np.array([LOW, HIGH], np.float32), count)
+    finetuned, _ = train(twice, finetune_rates, problems, finetune_orders)
     low = jax.tree.map(lambda a: a[:, :count], finetuned)
     high = jax.tree.map(lambda a: a[:, count:], finetuned)
     found = {"pre-trained": params, "low": low, "high": high, **averages}
@@ -328,13 +297,11 @@ def run_group(
 
 
 @jax.jit
-def epoch(
-    params: Any, rate: Any, orders: Any, examples: Any, head: Any
-) -> tuple[Any, jax.Array]:
+def epoch(params, rate, orders, examples, head) -> tuple[Any, jax.Array]:
     """A step of the search, whose loss is the mean over the epoch's batches."""
     tx = make_tx(rate)
 
-    def body(params: Any, chosen: jax.Array) -> tuple[Any, jax.Array]:
+    def body(params, chosen) -> tuple[Any, jax.Array]:
         inputs, labels = (array[chosen] for array in examples)
         loss, grads = jax.value_and_grad(loss_fn)(params, head, inputs, labels)
         updates, _ = tx.update(grads, tx.init(params), params)
@@ -344,7 +311,7 @@ def epoch(
     return params, losses.mean()
 
 
-def find_threshold(seed: int, budget: Budget, **options: Any) -> dict[str, Any]:
+def find_threshold(seed: int, budget: Budget, **options) -> dict[str, Any]:
     problem = jax.device_put(make_problem(seed, budget))
     per_epoch = budget.num_train // BATCH_SIZE
     num_epochs = budget.pretrain_steps // per_epoch
@@ -367,30 +334,27 @@ def find_threshold(seed: int, budget: Budget, **options: Any) -> dict[str, Any]:
 # --- what comes out -------------------------------------------------------------------
 
 
-class Difference(NamedTuple):
-    """Paired, within a seed."""
-
-    mean: float
-    error: float  # standard error
-    wins: int
-    losses: int
-    n: int
-
-    def __str__(self) -> str:
-        counts = f"n={self.n}, {self.wins}:{self.losses}"
-        return f"{self.mean:+.2f} ± {self.error:.2f} ({counts})"
+Results = Mapping[float, Mapping[str, Mapping[str, np.ndarray]]]  # rate, stage, what
 
 
-def paired(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    apart = ours - theirs
-    error = apart.std(ddof=1) / math.sqrt(len(apart))
-    wins, losses = int((apart > 0).sum()), int((apart < 0).sum())
-    return Difference(float(apart.mean()), float(error), wins, losses, len(apart))
+def by_rate(groups: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> Results:
+    """Results of groups of seeds, (seeds, rates, ...) each, as one per rate."""
 
+    def joined(stage: str, k: int) -> dict[str, np.ndarray]:
+        found = {
+            name: np.concatenate([np.asarray(g[stage][name])[:, k] for g in groups])
+            for name in groups[0][stage]
+        }
+        features = np.sort(found.pop("features", np.zeros((1, NUM_FEATURES))), axis=-1)
+        if stage in STAGES:
+            found |= {name: features[:, -n] for name, n in BEST.items()}
+        return found
 
-def nth_best(features: np.ndarray, n: int) -> np.ndarray:
-    """Accuracy with the feature that comes n-th, from (..., features)."""
-    return np.sort(features, axis=-1)[..., -n]
+    stages = groups[0] if groups else ()
+    return {
+        rate: {stage: joined(stage, k) for stage in stages}
+        for k, rate in enumerate(rates)
+    }
 
 
 class Claim(NamedTuple):
@@ -399,207 +363,144 @@ class Claim(NamedTuple):
     asked: str = ""
     holds: bool | None = None
 
-    @property
-    def verdict(self) -> str:
-        return "" if self.holds is None else "holds" if self.holds else "not confirmed"
+
+def claimed(claim: str, ours, theirs, asked: str = "") -> Claim:
+    """``asked`` of the paired differences is "above", "below" or "within n s.e."."""
+    found = harness.paired(ours, theirs)
+    if not asked:
+        return Claim(claim, found)
+    word, factor, _ = asked.split()
+    limit = float(factor) * found.error
+    holds = {
+        "above": found.mean > limit,
+        "below": found.mean < limit,
+        "within": abs(found.mean) <= limit,
+    }
+    return Claim(claim, found, asked, holds[word])
 
 
-def judge(results: Mapping[float, Mapping[str, Any]]) -> list[Claim]:
+def judge(results: Results) -> list[Claim]:
     """The seven claims, of results by rate."""
-    direct, above, large = (results[rate] for rate in (DIRECT, ABOVE, TOO_LARGE))
-    trains = [at["pre-trained"]["train"] for at in (direct, above)]
-    train = [accuracies.mean() for accuracies in trains]
+    direct, above = results[DIRECT]["pre-trained"], results[ABOVE]
+    before, low = above["pre-trained"], above["low"]
+    trains = [at["train"] for at in (direct, before)]
+    means = [accuracies.mean() for accuracies in trains]
     converged = [int((accuracies >= 99.5).sum()) for accuracies in trains]
+    leans = before["best feature"] >= LEANING
+    threshold = Claim(
+        f"1 threshold: train accuracy at {DIRECT:g}, at {ABOVE:g}",
+        f"{means[0]:.2f}, {means[1]:.2f} ({converged[0]}, {converged[1]} of "
+        f"{len(leans)} seeds above 99.5)",
+        "at least 99.5, below 90",
+        bool(means[0] >= 99.5 and means[1] < 90),
+    )
+    then_low = f"{ABOVE:g} then {LOW:g}, less"
 
-    def less_direct(stage: str, n: int) -> Difference:
-        at_direct = nth_best(direct["pre-trained"]["features"], n)
-        return paired(nth_best(above[stage]["features"], n), at_direct)
+    def less_direct(claim: str, at, name: str = "test", asked: str = "") -> Claim:
+        return claimed(claim, at[name], direct[name], asked)
 
-    best = less_direct("low", 1)
-    recovered = paired(above["low"]["test"], above["pre-trained"]["test"])
-    hurt = paired(large["low"]["test"], above["low"]["test"])
-    gain = paired(above["low"]["test"], direct["pre-trained"]["test"])
-    apart = paired(above["high"]["test"], above["low"]["test"])
-    averaged = paired(above["SWA20"]["test"], above["low"]["test"])
-    leans = nth_best(above["pre-trained"]["features"], 1) >= LEANING
-    by_leaning = [
-        Claim(
-            f"  where a feature alone had {word} {LEANING} % before",
-            paired(above["low"]["test"][some], direct["pre-trained"]["test"][some]),
-        )
-        for word, some in (("at least", leans), ("less than", ~leans))
-        if some.sum() > 1
-    ]
     return [
-        Claim(
-            f"1 threshold: train accuracy at {DIRECT:g}, at {ABOVE:g}",
-            f"{train[0]:.2f}, {train[1]:.2f} ({converged[0]}, {converged[1]} of "
-            f"{len(trains[0])} seeds above 99.5)",
-            "at least 99.5, below 90",
-            bool(train[0] >= 99.5 and train[1] < 90),
-        ),
-        Claim(
-            f"2 sparsity: best single feature, {ABOVE:g} then {LOW:g}, less direct",
-            best,
+        threshold,
+        less_direct(
+            f"2 sparsity: best single feature, {then_low} direct",
+            low,
+            "best feature",
             "above 3 s.e.",
-            best.mean > 3 * best.error,
         ),
-        Claim("  before fine-tuning", less_direct("pre-trained", 1)),
-        Claim("  second best feature", less_direct("low", 2)),
-        Claim("  median feature", less_direct("low", NUM_FEATURES // 2)),
-        Claim(
-            f"3 recovery: {ABOVE:g} then {LOW:g}, less {ABOVE:g}",
-            recovered,
+        less_direct("  before fine-tuning", before, "best feature"),
+        less_direct("  second best feature", low, "second feature"),
+        less_direct("  median feature", low, "median feature"),
+        claimed(
+            f"3 recovery: {then_low} {ABOVE:g}",
+            low["test"],
+            before["test"],
             "above 5 s.e.",
-            recovered.mean > 5 * recovered.error,
         ),
-        Claim(
+        claimed(
             f"4 too large hurts: {TOO_LARGE:g} less {ABOVE:g}, both then {LOW:g}",
-            hurt,
+            results[TOO_LARGE]["low"]["test"],
+            low["test"],
             "below -2 s.e.",
-            hurt.mean < -2 * hurt.error,
         ),
-        Claim(
-            f"5 best above the threshold: {ABOVE:g} then {LOW:g}, less direct",
-            gain,
-            "above 2 s.e.",
-            gain.mean > 2 * gain.error,
+        less_direct(
+            f"5 best above the threshold: {then_low} direct", low, asked="above 2 s.e."
         ),
-        *by_leaning,
-        Claim(
+        *(
+            claimed(
+                f"  where a feature alone had {word} {LEANING} % before",
+                low["test"][some],
+                direct["test"][some],
+            )
+            for word, some in (("at least", leans), ("less than", ~leans))
+            if some.sum() > 1
+        ),
+        claimed(
             f"6 at any rate of fine-tuning: {ABOVE:g} then {HIGH:g}, less then {LOW:g}",
-            apart,
+            above["high"]["test"],
+            low["test"],
             "within 2 s.e.",
-            abs(apart.mean) <= 2 * apart.error,
         ),
-        Claim(
+        claimed(
             f"7 averages beat fine-tuning: SWA20 at {ABOVE:g}, less then {LOW:g}",
-            averaged,
+            above["SWA20"]["test"],
+            low["test"],
             "above 2 s.e.",
-            averaged.mean > 2 * averaged.error,
         ),
-        Claim(
-            f"  SWA20 at {ABOVE:g}, less direct",
-            paired(above["SWA20"]["test"], direct["pre-trained"]["test"]),
-        ),
+        less_direct(f"  SWA20 at {ABOVE:g}, less direct", above["SWA20"]),
     ]
 
 
-def table(results: Mapping[float, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def table(results: Results) -> list[dict[str, Any]]:
     """A row per rate of pre-training: means over seeds."""
-    direct = results[DIRECT]["pre-trained"]["test"]
-    rows = []
+    direct, rows = results[DIRECT]["pre-trained"]["test"], []
     for rate, at in sorted(results.items()):
-        tests = {stage: at[stage]["test"] for stage in STAGES}
-        best = [
-            nth_best(at[stage]["features"], 1).mean()
-            for stage in ("pre-trained", "low")
-        ]
-        between = {name: values.mean() for name, values in at["low to high"].items()}
-        is_paired = len(tests["low"]) == len(direct) and rate != DIRECT
+        low, between = at["low"]["test"], at["low to high"]
+        paired = len(low) == len(direct) and rate != DIRECT
+        best = [at[stage]["best feature"].mean() for stage in ("pre-trained", "low")]
+        barriers = [between[f"{part} barrier"].mean() for part in ("train", "test")]
         rows.append(
             {
                 "rate": f"{rate:g}",
-                "n": len(tests["low"]),
+                "n": len(low),
                 "train": f"{at['pre-trained']['train'].mean():.1f}",
-                **{
-                    STAGES[stage]: f"{test.mean():.1f}" for stage, test in tests.items()
-                },
-                f"{LOW:g} less direct": str(paired(tests["low"], direct))
-                if is_paired
-                else "",
-                "best feature": " → ".join(f"{value:.1f}" for value in best),
-                "barrier": "{train barrier:.1f}, {test barrier:.1f}".format(**between),
-                "angle": f"{between['angle']:.2f}",
+                **{name: f"{at[k]['test'].mean():.1f}" for k, name in STAGES.items()},
+                f"{LOW:g} less direct": str(harness.paired(low, direct)) * paired,
+                "best feature": "{:.1f} → {:.1f}".format(*best),
+                "barrier": "{:.1f}, {:.1f}".format(*barriers),
+                "angle": f"{between['angle'].mean():.2f}",
             }
         )
     return rows
 
 
-def draw(
-    results: Mapping[float, Mapping[str, Any]],
-    threshold: float,
-    path: pathlib.Path,
-) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplot_mosaic(
-        [["test", "test"], ["feature", "barrier"]],
-        figsize=(9, 7),
-        dpi=150,
-        layout="constrained",
-    )
+def draw(results: Results, threshold: float, path) -> None:
+    """Means and standard errors over the rate of pre-training."""
     rates = sorted(results)
-
-    def curve(axis: str, label: str, style: str, at: Mapping[float, Any]) -> None:
-        means = [at[rate].mean() for rate in rates]
-        errors = [at[rate].std(ddof=1) / math.sqrt(len(at[rate])) for rate in rates]
-        axes[axis].errorbar(rates, means, errors, fmt=style, label=label, capsize=2)
-
+    barrier = f"error barrier, {LOW:g} to {HIGH:g} (points)"
+    layout = [["test accuracy (%)"] * 2, ["best single feature (%)", barrier]]
+    # Label, style, stage and what of it, by axes.
     styles = {"pre-trained": "o-", "low": "s-", "high": "^--", "SWA20": "D-."}
-    for stage, style in styles.items():
-        tests = {rate: results[rate][stage]["test"] for rate in rates}
-        curve("test", STAGES[stage], style, tests)
-    for stage in ("pre-trained", "low"):
-        best = {rate: nth_best(results[rate][stage]["features"], 1) for rate in rates}
-        curve("feature", STAGES[stage], styles[stage], best)
-    for part, style in {"train": "o-", "test": "s-"}.items():
-        name = f"{part} barrier"
-        barriers = {rate: results[rate]["low to high"][name] for rate in rates}
-        curve("barrier", part, style, barriers)
-    labels = {
-        "test": "test accuracy (%)",
-        "feature": "best single feature (%)",
-        "barrier": f"error barrier, {LOW:g} to {HIGH:g} (points)",
+    curves = {
+        layout[0][0]: [(STAGES[k], style, k, "test") for k, style in styles.items()],
+        layout[1][0]: [
+            (STAGES[k], styles[k], k, "best feature") for k in ("pre-trained", "low")
+        ],
+        barrier: [
+            ("train", "o-", "low to high", "train barrier"),
+            ("test", "s-", "low to high", "test barrier"),
+        ],
     }
-    for name, label in labels.items():
-        # In the legend of the largest alone.
-        what = "convergence threshold" if name == "test" else None
-        axes[name].axvline(threshold, color="k", ls=":", label=what)
-        axes[name].set(xscale="log", xlabel="rate of pre-training", ylabel=label)
-        axes[name].grid(alpha=0.3)
-        axes[name].legend(fontsize=9)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def by_rate(
-    groups: Sequence[Mapping[str, Any]], rates: Sequence[float]
-) -> dict[float, dict[str, dict[str, np.ndarray]]]:
-    """Results of groups of seeds, (seeds, rates, ...) each, as one per rate."""
-
-    def joined(stage: str, name: str, k: int) -> np.ndarray:
-        parts = [np.asarray(group[stage][name])[:, k] for group in groups]
-        return np.concatenate(parts).astype(np.float64)
-
-    return {
-        rate: {
-            stage: {name: joined(stage, name, k) for name in values}
-            for stage, values in groups[0].items()
-        }
-        for k, rate in enumerate(rates)
-    }
-
-
-def to_evidence(at: Mapping[str, Any]) -> dict[str, Any]:
-    """By seed, rounded; of the features the best, the second and the median."""
-    kept = {}
-    for stage, values in at.items():
-        columns = {name: array for name, array in values.items() if name != "features"}
-        if "features" in values:
-            columns |= {
-                f"{name} feature": nth_best(values["features"], n)
-                for name, n in (
-                    ("best", 1),
-                    ("second", 2),
-                    ("median", NUM_FEATURES // 2),
-                )
-            }
-        kept[stage] = {name: array.round(3) for name, array in columns.items()}
-    return kept
+    with harness.figure(path, layout, (9, 7)) as (_, axes):
+        for name, ax in axes.items():
+            for label, style, stage, what in curves[name]:
+                found = [harness.paired(results[rate][stage][what]) for rate in rates]
+                means, errors = [d.mean for d in found], [d.error for d in found]
+                ax.errorbar(rates, means, errors, fmt=style, label=label)
+            # In the legend of the largest alone.
+            label = "convergence threshold" if name == layout[0][0] else None
+            ax.axvline(threshold, color="k", ls=":", label=label)
+            ax.set(xscale="log", xlabel="rate of pre-training", ylabel=name)
+            ax.legend()
 
 
 def main() -> None:
@@ -617,77 +518,58 @@ def main() -> None:
         budget = Budget(64, 50, 20, 64, 8, spacing=1)
         seeds, survey, num_survey, num_thresholds = seeds[:2], (), 0, 1
         options |= {"bounds": (1e-3, 1.0), "num_rates": 3, "target_loss": 0.1}
-        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
-    kind = "smoke" if args.smoke else "full"
-    parts = args.out / "parts" / "large_rate_regimes" / kind
-    jobs: dict[str, Callable[[], Any]] = {}
+    jobs: dict[Any, Callable[[], Any]] = {}
     for name, rates, some in (
         ("compared", COMPARED, seeds),
         ("survey", survey, seeds[:num_survey]),
     ):
         for k in range(0, len(some), GROUP):
             group = some[k : k + GROUP]
-            jobs[f"{name}-{group[0]}"] = functools.partial(
-                run_group, group, rates, budget
-            )
+            jobs[name, group[0]] = functools.partial(run_group, group, rates, budget)
     for seed in seeds[:num_thresholds]:
-        jobs[f"threshold-{seed}"] = functools.partial(
+        jobs["threshold", seed] = functools.partial(
             find_threshold, seed, budget, **options
         )
-    with harness.progress(len(jobs)) as begin:
-
-        def run(name: str) -> dict[str, Any]:
-            begin(name)
-            return harness.resumable(parts / f"{name}.json", jobs[name], without=UNUSED)
-
-        found = dict(zip(jobs, harness.in_threads(run, jobs), strict=True))
+    found = harness.sweep(jobs, args.parts)
 
     def parts_of(name: str) -> list[Any]:
-        return [part for job, part in found.items() if job.startswith(name)]
+        return [part for key, part in found.items() if key[0] == name]
 
-    results = by_rate(parts_of("compared"), COMPARED)
-    results |= by_rate(parts_of("survey"), survey)
+    results = {
+        **by_rate(parts_of("compared"), COMPARED),
+        **by_rate(parts_of("survey"), survey),
+    }
     thresholds = [part["threshold"] for part in parts_of("threshold")]
-    claims = judge(results)
-    rows = table(results)
     steps = f"{budget.pretrain_steps} + {budget.finetune_steps}"
-    command = "python benchmarks/large_rate_regimes.py"
+    at_above = [results[ABOVE][k]["test"] for k in ("pre-trained", "low", "SWA20")]
     harness.report(
+        args,
         "large_rate_regimes",
         "Tick task, by rate of pre-training: accuracies in %, means over n seeds; "
         "differences ± s.e. (n, won:lost); best single feature → after "
         f"{LOW:g}; barrier (train, test, in points) and angle from {LOW:g} to "
         f"{HIGH:g}; threshold {min(thresholds):.2g} to {max(thresholds):.2g} "
         f"(n={len(thresholds)})",
-        rows,
+        table(results),
         {
             "seeds": list(seeds),
             "rates": {
-                f"{rate:g}": to_evidence(at) for rate, at in sorted(results.items())
+                f"{rate:g}": jax.tree.map(lambda array: array.round(3), at)
+                for rate, at in sorted(results.items())
             },
             "thresholds": parts_of("threshold"),
         },
-        args.out,
-        {
-            "question": "What becomes of training above the convergence threshold?",
-            "arms": f"{ABOVE:g}, then {LOW:g}, averaged / {DIRECT:g} throughout",
-            "steps": steps,
-            "mean ± std (n)": ", ".join(
-                harness.mean_and_std(results[rate][stage]["test"])
-                for rate, stage in (
-                    (ABOVE, "pre-trained"),
-                    (ABOVE, "low"),
-                    (ABOVE, "SWA20"),
-                    (DIRECT, "pre-trained"),
-                )
-            )
-            + " %",
-            "cost": f"{budget.finetune_steps} steps of fine-tuning, none of averages",
-            "command": command,
-        },
+        "What becomes of training above the convergence threshold?",
+        f"{ABOVE:g}, then {LOW:g}, averaged / {DIRECT:g} throughout",
+        steps,
+        harness.mean_and_std(*at_above, results[DIRECT]["pre-trained"]["test"]) + " %",
+        f"{budget.finetune_steps} steps of fine-tuning, none of averages",
     )
+    claims = judge(results)
     verdicts = {claim.claim: claim.holds for claim in claims if claim.asked}
+    words = {None: "", True: "holds", False: "not confirmed"}
     harness.report(
+        args,
         "large_rate_claims",
         f"Seven claims of Sadrtdinov et al. (2024) on {len(seeds)} seeds: points of "
         "accuracy, mean ± s.e. (n, won:lost)",
@@ -696,28 +578,20 @@ def main() -> None:
                 "arm": claim.claim,
                 "measured": str(claim.measured),
                 "asked": claim.asked,
-                "verdict": claim.verdict,
+                "verdict": words[claim.holds],
             }
             for claim in claims
         ],
         {"verdicts": verdicts},
-        args.out,
-        {
-            "question": "Which claims about large rates hold on the tick task?",
-            "arms": ", ".join(claim[:1] for claim, holds in verdicts.items() if holds)
-            + f" of {len(verdicts)} hold",
-            "steps": steps,
-            "mean ± std (n)": "± s.e.: "
-            + "; ".join(
-                f"{claim.claim[:1]}: {claim.measured}"
-                for claim in claims
-                if claim.asked
-            ),
-            "cost": "none",
-            "command": command,
-        },
+        "Which claims about large rates hold on the tick task?",
+        ", ".join(claim[:1] for claim, holds in verdicts.items() if holds)
+        + f" of {len(verdicts)} hold",
+        steps,
+        "± s.e.: "
+        + "; ".join(f"{c.claim[:1]}: {c.measured}" for c in claims if c.asked),
+        "none",
     )
-    threshold = math.exp(np.mean(np.log(thresholds)))
+    threshold = np.exp(np.mean(np.log(thresholds)))
     draw(results, threshold, args.out / "large_rate_regimes.png")
 
 

@@ -23,6 +23,7 @@ place, with as large a sum far behind. Without noise in the labels all gradients
 at a minimum: SGD leaves only those that are too sharp for its rate.
 """
 
+import functools
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -42,16 +43,6 @@ START_NORM, NOISE = 3.0, 0.5
 LARGE, SMALL = 1e-2, 2e-4
 LENGTHS = (0, 100, 300, 1000, 3000, 10_000, 20_000)
 COOLDOWN = 4000
-# Modules of the package and of the benchmarks that this one does not use.
-UNUSED = (
-    "plotting",
-    "groups",
-    "large_rate_regimes",
-    "late_decay_training",
-    "overhead",
-    "range_test_quality",
-    "transfer",
-)
 
 # --- the model ------------------------------------------------------------------------
 
@@ -186,23 +177,9 @@ SAME_SQUARES = (Arm(5e-3, 4000), Arm(2.5e-3, 16_000))
 CLEAN = [Arm(rate, 3000, 0.0, 1e-3, 2000) for rate in (3e-3, 1.2e-2, 1.6e-2, 2e-2)]
 
 
-def as_floats(values: Any) -> np.ndarray:
-    """With NaN for None, as what is not finite comes back."""
-    return np.asarray(values, np.float64)
-
-
 def is_stable(result: Mapping[str, Any]) -> np.ndarray:
-    return np.isfinite(as_floats(result["norm"]))
-
-
-def quartiles(values: Any) -> np.ndarray:
-    """Lower, median, upper, over the runs that did not diverge."""
-    return np.nanpercentile(as_floats(values), [25, 50, 75])
-
-
-def show(values: Any) -> str:
-    low, median, high = quartiles(values)
-    return f"{median:.4f} ({low:.3f} to {high:.3f})"
+    """What is not finite comes back as None."""
+    return np.isfinite(np.asarray(result["norm"], np.float64))
 
 
 def verdicts(test_losses: Mapping[int, float]) -> dict[str, bool]:
@@ -224,48 +201,35 @@ def draw(
     shortest: Mapping[str, Any],
     path: pathlib.Path,
 ) -> None:
-    import matplotlib
+    with harness.figure(path, [["left", "right"]], (9, 4)) as (_, axes):
+        left, right = axes.values()
+        for k, (name, values) in enumerate(shortest.items()):
+            label = name + " to the minimum norm" * (name == "distance")
+            spread = [harness.quartiles(found[arm][name]) for arm in late.values()]
+            low, median, high = np.transpose(spread)
+            left.plot([*late], median, "o-", color=f"C{k}", label=label)
+            left.fill_between([*late], low, high, color=f"C{k}", alpha=0.2)
+            if name != "distance":
+                left.axhline(np.median(values), color=f"C{k}", ls="--", lw=1)
+        left.plot([], [], "k--", lw=1, label="of the minimum-norm interpolator")
+        left.set_xscale("symlog", linthresh=100, linscale=0.5)
+        left.set(yscale="log", xlabel=f"steps at {LARGE:g} before the decay, T1")
+        left.set_ylabel("at the end: median, quartiles")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(9, 4), dpi=150, layout="constrained"
-    )
-    names = {
-        "norm": "norm",
-        "distance": "distance to the minimum norm",
-        "test loss": "test loss",
-    }
-    for k, (name, label) in enumerate(names.items()):
-        spread = np.array([quartiles(found[arm][name]) for arm in late.values()]).T
-        left.plot([*late], spread[1], "o-", color=f"C{k}", label=label)
-        left.fill_between([*late], spread[0], spread[2], color=f"C{k}", alpha=0.2)
-        if name != "distance":
-            left.axhline(np.median(shortest[name]), color=f"C{k}", ls="--", lw=1)
-    left.set_xscale("symlog", linthresh=100, linscale=0.5)
-    left.set(yscale="log", xlabel=f"steps at {LARGE:g} before the decay, T1")
-    left.set_ylabel("at the end: median, quartiles")
-    left.plot([], [], "k--", lw=1, label="of the minimum-norm interpolator")
-    left.legend(fontsize=9, loc="lower left")
-
-    by_rate = {LARGE: [arm for arm in late.values() if arm.steps]} | dict(travel)
-    for k, (rate, arms) in enumerate(by_rate.items()):
-        medians = [quartiles(found[arm]["test loss"])[1] for arm in arms]
-        squares = [np.sum(arm.rates**2) for arm in arms]
-        right.plot(squares, medians, "osD"[k] + "-", label=f"rate {rate:g}")
-    right.axhline(np.median(shortest["test loss"]), color="k", ls="--", lw=1)
-    right.set(xscale="log", yscale="log", xlabel="sum of squared rates over the run")
-    right.set_ylabel("test loss at the end, median")
-    right.legend(fontsize=9)
-    lengths = [0, 100, 1000, 10_000]
-    left.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    for axes, ticks in ((left, [0.1, 0.3, 1, 3]), (right, [0.3, 0.5, 1, 2])):
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.savefig(path)
-    pyplot.close(figure)
+        by_rate = {LARGE: [arm for arm in late.values() if arm.steps]} | dict(travel)
+        for marker, (rate, arms) in zip("osD", by_rate.items(), strict=False):
+            medians = [harness.quartiles(found[arm]["test loss"])[1] for arm in arms]
+            squares = [np.sum(arm.rates**2) for arm in arms]
+            right.plot(squares, medians, marker + "-", label=f"rate {rate:g}")
+        right.axhline(np.median(shortest["test loss"]), color="k", ls="--", lw=1)
+        right.set(xscale="log", yscale="log", ylabel="test loss at the end, median")
+        right.set_xlabel("sum of squared rates over the run")
+        lengths = [0, 100, 1000, 10_000]
+        left.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        for ax, ticks in ((left, [0.1, 0.3, 1, 3]), (right, [0.3, 0.5, 1, 2])):
+            ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            ax.minorticks_off()
+            ax.legend()
 
 
 def main() -> None:
@@ -279,15 +243,13 @@ def main() -> None:
     if args.smoke:
         short = {"then_steps": 50}
         num_seeds = 4
-        late = {n: Arm(LARGE, n)._replace(**short) for n in (0, 30, 300)}
-        travel = {5e-3: [Arm(5e-3, 100)._replace(**short)]}
-        control = Arm(SMALL, 300)._replace(**short)
+        late = {n: Arm(LARGE, n, **short) for n in (0, 30, 300)}
+        travel = {5e-3: [Arm(5e-3, 100, **short)]}
+        control = Arm(SMALL, 300, **short)
         groups = {"clean labels": [CLEAN[1]._replace(steps=100, **short)]}
     drawn = [make_problem(seed) for seed in range(num_seeds)]
     problems = Problem(*map(np.stack, zip(*drawn, strict=True)))
     shortest = measure(problems, problems.minimum_norm)
-    kind = "smoke" if args.smoke else "full"
-    parts = args.out / "parts" / "late_decay_minimum_norm" / kind
     rows_of = {
         **{f"T1 = {length}": arm for length, arm in late.items()},
         "small rate alone": control,
@@ -300,24 +262,16 @@ def main() -> None:
     arms = dict.fromkeys([*rows_of.values(), *itertools.chain(*travel.values())])
     longest = max(arm.num_steps for arm in arms)
     examples = draw_examples(num_seeds, longest)
-    with harness.progress(len(arms)) as begin:
 
-        def run(arm: Arm) -> dict[str, Any]:
-            begin(f"{arm.rate:g} for {arm.steps} steps")
+    def run(arm: Arm) -> dict[str, np.ndarray]:
+        rates = np.pad(arm.rates, (0, longest - arm.num_steps))
+        alphas = train(problems, examples, rates, arm.noise, arm.num_steps)
+        return measure(problems, alphas)
 
-            def compute() -> dict[str, np.ndarray]:
-                rates = np.pad(arm.rates, (0, longest - arm.num_steps))
-                setting = rates, arm.noise, arm.num_steps
-                return measure(problems, train(problems, examples, *setting))
+    jobs = {arm: functools.partial(run, arm) for arm in arms}
+    found = harness.sweep(jobs, args.parts)
 
-            return harness.resumable(
-                parts / ("-".join(map(str, arm)) + ".json"),
-                compute,
-                without=UNUSED,
-            )
-
-        found = dict(zip(arms, harness.in_threads(run, arms), strict=True))
-
+    show = functools.partial(harness.median_and_quartiles, digits=3)
     rows = [
         {
             "arm": name,
@@ -333,9 +287,13 @@ def main() -> None:
         | {key: show(values) for key, values in shortest.items()}
         | {"stable (%)": ""}
     )
-    medians = {n: quartiles(found[arm]["test loss"])[1] for n, arm in late.items()}
+    medians = {
+        length: harness.quartiles(found[arm]["test loss"])[1]
+        for length, arm in late.items()
+    }
     held = verdicts(medians)
     harness.report(
+        args,
         "late_decay_minimum_norm",
         f"{LARGE:g} for T1 steps, then {SMALL:g} for {COOLDOWN}; medians (quartiles) "
         f"of {num_seeds} seeds, of those stable",
@@ -345,20 +303,14 @@ def main() -> None:
             "verdicts": held,
             "arms": [arm._asdict() | found[arm] for arm in arms],
         },
-        args.out,
-        {
-            "question": "Does a large rate that is kept for longer lead to the "
-            "minimum-norm solution?",
-            "arms": f"{LARGE:g} for T1 = {', '.join(map(str, late))} steps, then "
-            f"{SMALL:g}",
-            "steps": f"T1 + {COOLDOWN}",
-            "mean ± std (n)": "test loss, median: "
-            + ", ".join(f"{median:.3f}" for median in medians.values())
-            + f" (n={num_seeds}); of the minimum norm "
-            f"{np.median(shortest['test loss']):.3f}",
-            "cost": "no step more than the largest T1",
-            "command": "python benchmarks/late_decay_minimum_norm.py",
-        },
+        "Does a large rate that is kept for longer lead to the minimum-norm solution?",
+        f"{LARGE:g} for T1 = {', '.join(map(str, late))} steps, then {SMALL:g}",
+        f"T1 + {COOLDOWN}",
+        "test loss, median: "
+        + ", ".join(f"{median:.3f}" for median in medians.values())
+        + f" (n={num_seeds}); of the minimum norm "
+        f"{np.median(shortest['test loss']):.3f}",
+        "no step more than the largest T1",
     )
     for claim, holds in held.items():
         print(f"{claim}: {'holds' if holds else 'DOES NOT HOLD'}")

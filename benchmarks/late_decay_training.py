@@ -42,7 +42,6 @@ import numpy as np
 import optax
 import tasks
 from flax import nnx
-from jax import lax
 from jax.flatten_util import ravel_pytree
 
 import optax_superconv as osc
@@ -53,8 +52,6 @@ PERCENTS = (5, 10, 20, 50)
 TUNED = 20  # Of these, the cooldown that the constant rate is chosen by.
 WEIGHT_DECAY = 5e-4
 WEIGHTS = ("last", "recalibrated", "ema", "lawa")
-# Modules that are not used here.
-OTHERS = ("groups", "overhead", "plotting", "range_test_quality", "transfer")
 
 
 class Setup(NamedTuple):
@@ -174,105 +171,75 @@ def cool_down(state: Any, num_steps: int) -> Any:
     return params, other, osc.start_cooldown(opt_state, num_steps)
 
 
-class Runner(NamedTuple):
-    """Runs with one schedule.
-
-    Attributes:
-      setup: What is trained.
-      make_tx: ``rate -> optimizer``.
-      training: Jitted functions of both.
-      start: ``seed -> state``, for any optimizer; it takes as long to compile as a run.
-    """
-
-    setup: Setup
-    make_tx: Callable[[Any], optax.GradientTransformation]
-    training: tasks.Training
-    start: Callable[[int], Any]
-
-    def begin(self, seed: int) -> Any:
-        params, other, _ = self.start(seed)
-        return params, other, self.make_tx(1.0).init(params)
-
-    def advance(self, state: Any, rate: float, seed: int, begin: int, end: int) -> Any:
-        """From step to step; a step's batch is the seed's, whatever ran before."""
-        chunk, longest = self.setup.chunk, self.setup.lengths[-1]
-        assert (end - begin) % chunk == 0
-        order = tasks.batch_indices(self.setup.task, 2 * longest, seed)
-        for k in range(begin, end, chunk):
-            state, _ = self.training.run(
-                state, np.float32(rate), order[k : k + chunk], seed * 10**6 + k
-            )
-        return state
-
-    def branches(
-        self,
-        rate: float,
-        seed: int,
-        points: Mapping[str, Fork],
-        measure: Callable[[Any], Any],
-    ) -> dict[str, Any]:
-        """What ``measure`` gives at the ends of cooldowns off one and the same run."""
-        state, at, found = self.begin(seed), 0, {}
-        for name, (begin, steps) in sorted(points.items(), key=lambda p: p[1]):
-            state = self.advance(state, rate, seed, at, begin)
-            at, branch = begin, state
-            if steps:
-                branch = cool_down(state, steps)
-                branch = self.advance(branch, rate, seed, begin, begin + steps)
-            found[name] = measure(branch)
-        return found
+def advance(
+    setup: Setup,
+    training: tasks.Training,
+    state: Any,
+    rate: float,
+    seed: int,
+    begin: int,
+    end: int,
+) -> Any:
+    """From step to step; a step's batch is the seed's, whatever ran before."""
+    chunk, longest = setup.chunk, setup.lengths[-1]
+    assert (end - begin) % chunk == 0
+    order = tasks.batch_indices(setup.task, 2 * longest, seed)
+    for k in range(begin, end, chunk):
+        chosen, key = order[k : k + chunk], seed * 10**6 + k
+        state, _ = training.run(state, np.float32(rate), chosen, key)
+    return state
 
 
-def make_runners(setup: Setup, keys: Iterable[Key]) -> dict[Key, Runner]:
-    start = tasks.make_training(setup.task, lambda rate: optax.identity()).start
-    makers = {key: functools.partial(make_tx, setup, *key) for key in keys}
-    return {
-        key: Runner(setup, maker, tasks.make_training(setup.task, maker), start)
-        for key, maker in makers.items()
-    }
+def run_branches(
+    setup: Setup,
+    training: tasks.Training,
+    rate: float,
+    seed: int,
+    points: Mapping[str, Fork],
+    measure: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """What ``measure`` gives at the ends of cooldowns off one and the same run."""
+    run = functools.partial(advance, setup, training)
+    state, at, found = training.start(seed), 0, {}
+    for name, (begin, steps) in sorted(points.items(), key=lambda p: p[1]):
+        state = run(state, rate, seed, at, begin)
+        at, branch = begin, state
+        if steps:
+            branch = cool_down(state, steps)
+            branch = run(branch, rate, seed, begin, begin + steps)
+        found[name] = measure(branch)
+    return found
 
 
-class Tester:
-    """Measures weights: accuracy in % and loss."""
+# --- weights --------------------------------------------------------------------------
 
-    def __init__(self, setup: Setup):
-        self.setup = setup
-        # The shapes of a network compile faster than its weights.
-        network = nnx.eval_shape(lambda: setup.task.make_model(nnx.Rngs(0)))
-        self.graph = nnx.graphdef(network)
-        self.score = jax.jit(self._score)
 
-    def _score(self, params: Any, other: Any, batch: data.Batch) -> jax.Array:
-        def forward(image: jax.Array) -> jax.Array:
-            model = nnx.merge(self.graph, params, other, copy=True)
-            model.eval()
-            return model(image[None])[0]
+def recalibrated(model: nnx.Module, params: Any, batches: Sequence[Any]) -> Any:
+    """The network's other state, with batch statistics that belong to ``params``."""
+    return osc.recalibrate_batch_stats(model, params, batches, num_passes=1)
 
-        logits = lax.map(forward, batch[0], batch_size=500)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-        accuracy = 100 * jnp.mean(logits.argmax(-1) == batch[1])
-        return jnp.stack([accuracy, losses.mean()])
 
-    def last(self, state: Any) -> np.ndarray:
-        """On the images that rates are chosen by."""
-        return np.asarray(self.score(*state[:2], self.setup.task.held_out))
+def score(setup: Setup, state: Any) -> np.ndarray:
+    """Accuracy in % and loss on the images that rates are chosen by."""
+    network = tasks.make_network(setup.task.make_model)
+    return np.asarray(network.score(*state[:2], setup.task.held_out))
 
-    def all(self, state: Any) -> dict[str, np.ndarray]:
-        """On the images that are reported, of ``WEIGHTS``."""
-        params, other, opt_state = state
-        model = nnx.merge(self.graph, params, other, copy=True)
-        images = self.setup.task.train[0][:2000]
-        batches = [images[k : k + 500] for k in range(0, len(images), 500)]
-        scores = {}
-        for name in WEIGHTS:
-            if name in ("ema", "lawa"):
-                params = osc.eval_params(opt_state, state[0], name=name)
-            if name != "last":
-                other = osc.recalibrate_batch_stats(
-                    model, params, batches, num_passes=1
-                )
-            scores[name] = np.asarray(self.score(params, other, self.setup.test))
-        return scores
+
+def scores_of(setup: Setup, state: Any) -> dict[str, np.ndarray]:
+    """The same on the images that are reported, of ``WEIGHTS``."""
+    network = tasks.make_network(setup.task.make_model)
+    params, other, opt_state = state
+    model = nnx.merge(network.graph, params, other, copy=True)
+    images = setup.task.train[0][:2000]
+    batches = [images[k : k + 500] for k in range(0, len(images), 500)]
+    found = {}
+    for name in WEIGHTS:
+        if name in ("ema", "lawa"):
+            params = osc.eval_params(opt_state, state[0], name=name)
+        if name != "last":
+            other = recalibrated(model, params, batches)
+        found[name] = np.asarray(network.score(params, other, setup.test))
+    return found
 
 
 # --- the plane ------------------------------------------------------------------------
@@ -285,15 +252,17 @@ def main_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return centre, directions[:2], scales[:2] ** 2 / np.sum(scales**2)
 
 
-def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
+def plane(
+    setup: Setup, training: tasks.Training, rate: float, seed: int
+) -> dict[str, Any]:
     """A run, and branches that drop its rate, in the plane of their two directions.
 
     Losses are on 2000 images of each kind, with the batch statistics of these images.
     """
-    setup = runner.setup
+    run = functools.partial(advance, setup, training)
     length, chunk = setup.lengths[-1], setup.chunk
     cooldown, *at = (length * k // 8 // chunk * chunk for k in (1, 1, 2, 3, 4, 6, 8))
-    state = runner.begin(seed)
+    state = training.start(seed)
     other = state[1]
     unravel = ravel_pytree(state[0])[1]
 
@@ -301,11 +270,11 @@ def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
         """Weights before, and after every second chunk."""
         points = [ravel_pytree(state[0])[0]]
         for k in range(begin, end, 2 * chunk):
-            state = runner.advance(state, rate, seed, k, min(k + 2 * chunk, end))
+            state = run(state, rate, seed, k, min(k + 2 * chunk, end))
             points.append(ravel_pytree(state[0])[0])
         return state, np.array(points)
 
-    state = runner.advance(state, rate, seed, 0, at[0])
+    state = run(state, rate, seed, 0, at[0])
     path, branches = [], []
     for begin, end in zip(at, [*at[1:], length], strict=True):
         branch = cool_down(state, cooldown)
@@ -326,7 +295,7 @@ def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
     @jax.jit
     def losses_at(weights: jax.Array) -> jax.Array:
         params = unravel(weights)
-        return jnp.stack([runner.training.loss_fn(params, other, b) for b in batches])
+        return jnp.stack([training.loss_fn(params, other, b) for b in batches])
 
     losses = np.array([losses_at(weights) for weights in grid])
     return {
@@ -347,18 +316,6 @@ def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
 Scores = dict[str, dict[str, np.ndarray]]  # "arm, length", weights: (seeds, 2)
 
 
-def with_error(differences: np.ndarray, digits: int = 2) -> str:
-    """Mean ± standard error."""
-    n = len(differences)
-    error = differences.std(ddof=1) / n**0.5 if n > 1 else np.nan
-    return f"{differences.mean():+.{digits}f} ± {error:.{digits}f}"
-
-
-def best_rate(tuning: np.ndarray, rates: Sequence[float]) -> float:
-    """By mean accuracy, of (rates, seeds, accuracy and loss)."""
-    return rates[int(tuning[..., 0].mean(1).argmax())]
-
-
 def table(
     scores: Scores,
     lengths: Sequence[int],
@@ -369,22 +326,24 @@ def table(
     arms = list(dict.fromkeys(name.split(", ")[0] for name in scores))
     rows = []
     for length, arm in itertools.product(lengths, arms):
-        weights = scores[f"{arm}, {length}"]
+        weights, cosine = scores[f"{arm}, {length}"], scores[f"cosine, {length}"]
         accuracy, loss = weights["last"].T
-        less = (weights["last"] - scores[f"cosine, {length}"]["last"]).T
+        less = [
+            harness.paired(*pair)
+            for pair in zip(weights["last"].T, cosine["last"].T, strict=True)
+        ]
         rate = best.get((arm, length), best["constant", lengths[-1]])
-        at_edge = rate in (rates[0], rates[-1])
         row = {
             "steps": length,
             "arm": arm,
-            "peak rate": f"{rate:g}" + " (edge)" * at_edge,
+            "peak rate": harness.show_rate(rate, rates),
             "accuracy (%)": harness.mean_and_std(accuracy),
-            "less cosine": "" if arm == "cosine" else with_error(less[0]),
-            "loss": harness.mean_and_std(loss, 3).split(" (")[0],
-            "less cosine's": "" if arm == "cosine" else with_error(less[1], 3),
+            "less cosine": "" if arm == "cosine" else less[0].short(),
+            "loss": harness.mean_and_std(loss, digits=3).split(" (")[0],
+            "less cosine's": "" if arm == "cosine" else less[1].short(3),
         }
         for name in WEIGHTS[1:]:
-            row[name] = with_error(weights[name][:, 0] - accuracy)
+            row[name] = harness.paired(weights[name][:, 0], accuracy).short()
         rows.append(row)
     return rows
 
@@ -401,165 +360,157 @@ def costs(lengths: Sequence[int], num_tuning: int, num_seeds: int) -> list[int]:
 
 def draw_lengths(setup: Setup, scores: Scores, path: pathlib.Path) -> None:
     """Accuracy and loss over the steps of a run, mean and standard error."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     arms = dict.fromkeys(name.split(", ")[0] for name in scores)
     lines = [(arm, "last") for arm in arms] + [("constant", k) for k in WEIGHTS[2:]]
     styles = {"cosine": "ks-", "one-cycle": "ks--"}
-    seeds = 0
-    for k, (arm, weights) in enumerate(lines):
-        values = np.stack([scores[f"{arm}, {n}"][weights] for n in setup.lengths])
-        mean, seeds = values.mean(1), values.shape[1]
-        error = values.std(1) / max(seeds - 1, 1) ** 0.5
-        steps = np.array(setup.lengths) * 1.01 ** (k - len(lines) / 2)  # Side by side.
-        style = styles.get(arm, "o-" if weights == "last" else "o:")
-        label = arm if weights == "last" else f"{arm}, {weights}"
-        for ax, y, bar in zip(axes, mean.T, error.T, strict=True):
-            ax.errorbar(steps, y, bar, fmt=style, markersize=4, label=label)
-    for ax, what in zip(axes, ("test accuracy (%)", "test loss"), strict=True):
-        ax.set(xscale="log", xlabel="steps of the run", ylabel=what)
-        ax.set_xticks(setup.lengths, list(map(str, setup.lengths)))
-        ax.minorticks_off()
-    axes[0].legend(fontsize="small")
-    figure.suptitle(f"{setup.task.name}: mean ± s.e. of {seeds} seeds")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    parts = {"test accuracy (%)": 0, "test loss": 1}
+    seeds = len(scores[f"constant, {setup.lengths[0]}"]["last"])
+    with harness.figure(path, [[*parts]], (11, 4.6)) as (figure, axes):
+        for k, (arm, weights) in enumerate(lines):
+            steps = np.array(setup.lengths) * 1.01 ** (k - len(lines) / 2)  # Apart.
+            style = styles.get(arm, "o-" if weights == "last" else "o:")
+            label = arm if weights == "last" else f"{arm}, {weights}"
+            for what, part in parts.items():
+                found = [
+                    harness.paired(scores[f"{arm}, {n}"][weights][:, part])
+                    for n in setup.lengths
+                ]
+                axes[what].errorbar(
+                    steps,
+                    [values.mean for values in found],
+                    [values.error for values in found],
+                    fmt=style,
+                    markersize=4,
+                    label=label,
+                )
+        for what, ax in axes.items():
+            ax.set(xscale="log", xlabel="steps of the run", ylabel=what)
+            ax.set_xticks(setup.lengths, list(map(str, setup.lengths)))
+            ax.minorticks_off()
+        axes["test accuracy (%)"].legend()
+        figure.suptitle(f"{setup.task.name}: mean ± s.e. of {seeds} seeds")
 
 
 def draw_plane(setup: Setup, found: Mapping[str, Any], path: pathlib.Path) -> None:
     """The main path and its branches over both losses."""
-    from matplotlib import pyplot as plt
-
-    shape: Any = {"figsize": (12.5, 5.4), "layout": "constrained"}
-    figure, axes = plt.subplots(1, 2, sharex=True, sharey=True, **shape)
     losses = np.array(found["losses"], float)
     shares = [f"{100 * share:.0f} % of the variance" for share in found["shares"]]
-    for k, (ax, part) in enumerate(zip(axes, ("train", "test"), strict=True)):
-        grid = np.array(found[part], float)
-        levels = np.geomspace(np.nanmin(grid), np.nanmax(grid), 20)
-        filled = ax.contourf(*found["axes"], grid, levels)
-        figure.colorbar(filled, ax=ax, format="%.2f")
-        ax.plot(*np.transpose(found["path"]), "w.-", linewidth=1, label="constant rate")
-        for n, branch in enumerate(found["branches"]):
-            before, after = losses[n, :, k]
-            label = f"cooldown at {found['at'][n]}: {before:.2f} to {after:.2f}"
-            ax.plot(*np.transpose(branch), color=f"C{n + 1}", label=label)
-            ax.plot(*branch[-1], "*", color=f"C{n + 1}", markersize=12)
-        ax.set(title=f"{part} loss", xlabel=f"first direction, {shares[0]}")
-        ax.legend(fontsize="x-small", facecolor="0.8")
-    axes[0].set_ylabel(f"second direction, {shares[1]}")
-    figure.suptitle(f"{setup.task.name}: one run and cooldowns, in its main plane")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with harness.figure(path, [["train", "test"]], (12.5, 5.4)) as (figure, axes):
+        for k, (part, ax) in enumerate(axes.items()):
+            grid = np.array(found[part], float)
+            levels = np.geomspace(np.nanmin(grid), np.nanmax(grid), 20)
+            filled = ax.contourf(*found["axes"], grid, levels)
+            figure.colorbar(filled, ax=ax, format="%.2f")
+            ax.plot(*np.transpose(found["path"]), "w.-", label="constant rate")
+            for n, branch in enumerate(found["branches"]):
+                before, after = losses[n, :, k]
+                label = f"cooldown at {found['at'][n]}: {before:.2f} to {after:.2f}"
+                ax.plot(*np.transpose(branch), color=f"C{n + 1}", label=label)
+                ax.plot(*branch[-1], "*", color=f"C{n + 1}", markersize=12)
+            ax.set(title=f"{part} loss", xlabel=f"first direction, {shares[0]}")
+            ax.grid(visible=False)
+            ax.legend(fontsize="x-small", facecolor="0.8")
+        axes["train"].set_ylabel(f"second direction, {shares[1]}")
+        figure.suptitle(f"{setup.task.name}: one run and cooldowns, in its main plane")
 
 
 def main() -> None:
-    args = harness.parse_args(__doc__, data="CIFAR-10: an .npz of JPEGs or the archive")
+    args = harness.parse_args(__doc__, takes_data=True)
     rates, seeds = RATES, range(100, 100 + NUM_SEEDS)
     tuning_seeds = range(1000, 1000 + NUM_TUNING_SEEDS)
     if args.smoke:
         rates, seeds, tuning_seeds = rates[1:3], seeds[:2], tuning_seeds[:1]
-        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
     setup = digits(args.smoke) if args.data is None else cifar10(args.data)
-    kind = "smoke" if args.smoke else "digits" if args.data is None else "cifar10"
     schedules = ("cosine",) if args.smoke else ("cosine", "one-cycle")
-    parts = args.out / "parts" / "late_decay_training" / kind
     lengths = setup.lengths
     # Long runs first; neighbours, which run together, are different programs.
     constant = "constant", lengths[-1]
     keys = [(k, n) for n in lengths[::-1] for k in schedules]
     keys.insert(1, constant)
-    runners = make_runners(setup, keys)
-    tester = Tester(setup)
-    tuning = [(key, r, s) for r in rates for s in tuning_seeds for key in keys]
-    jobs: list[tuple[Key, int | None]] = [(constant, None)]  # The plane.
-    jobs += [(key, seed) for key in keys for seed in seeds]
-    with harness.progress(len(tuning) + len(jobs)) as begin:
+    trainings = {
+        key: tasks.make_training(setup.task, functools.partial(make_tx, setup, *key))
+        for key in keys
+    }
 
-        def part(name: str, compute: Callable[[], Any]) -> Any:
-            begin(name)
-            path = parts / f"{name.replace(' ', '_')}.json"
-            return harness.resumable(path, compute, without=OTHERS)
+    def job(
+        key: Key, rate: float, seed: int, percents: Sequence[int], measure: Any
+    ) -> Callable[[], dict[str, Any]]:
+        points, measure = (
+            forks(key, lengths, percents),
+            functools.partial(measure, setup),
+        )
+        run = setup, trainings[key], rate, seed, points, measure
+        return functools.partial(run_branches, *run)
 
-        def tune(job: tuple[Key, float, int]) -> Any:
-            key, rate, seed = job
-            points = forks(key, lengths, [TUNED])
-            return part(
-                "{} {}, {:g}, seed {}".format(*key, rate, seed),
-                lambda: runners[key].branches(rate, seed, points, tester.last),
-            )
-
-        def measure(job: tuple[Key, int | None]) -> Any:
-            key, seed = job
-            runner, rate = runners[key], best[key]
-            if seed is None:
-                return part("plane", lambda: plane(runner, rate, seeds[0]))
-            points = forks(key, lengths, [0, *PERCENTS])
-            return part(
-                "{} {}, seed {}".format(*key, seed),
-                lambda: runner.branches(rate, seed, points, tester.all),
-            )
-
-        tuned = dict(zip(tuning, harness.in_threads(tune, tuning), strict=True))
-        grids = {
-            f"{key[0]}, {length}": np.array(
-                [[tuned[key, r, s][name] for s in tuning_seeds] for r in rates], float
-            )
+    tuned = harness.sweep(
+        {
+            (*key, rate, seed): job(key, rate, seed, [TUNED], score)
+            for rate in rates
+            for seed in tuning_seeds
             for key in keys
-            for name in forks(key, lengths, [TUNED])
-            for length in [int(name.split(", ")[1])]
-        }
-        best = {key: best_rate(grids["{}, {}".format(*key)], rates) for key in keys}
-        measured = dict(zip(jobs, harness.in_threads(measure, jobs), strict=True))
-
+        },
+        args.parts,
+    )
+    grids = {
+        f"{key[0]}, {name.split(', ')[1]}": np.array(
+            [[tuned[*key, r, s][name] for s in tuning_seeds] for r in rates], float
+        )
+        for key in keys
+        for name in forks(key, lengths, [TUNED])
+    }
+    best = {
+        key: harness.best_rate(grids["{}, {}".format(*key)][..., 0], rates)
+        for key in keys
+    }
+    of_plane = setup, trainings[constant], best[constant], seeds[0]
+    measured = harness.sweep(
+        {"plane": functools.partial(plane, *of_plane)}
+        | {
+            (*key, seed): job(key, best[key], seed, [0, *PERCENTS], scores_of)
+            for key in keys
+            for seed in seeds
+        },
+        args.parts,
+    )
     scores: Scores = {
         name: {
-            weights: np.array([measured[key, s][name][weights] for s in seeds], float)
+            weights: np.array([measured[*key, s][name][weights] for s in seeds], float)
             for weights in WEIGHTS
         }
         for key in sorted(keys, key=lambda key: key[0] == "constant")
         for name in forks(key, lengths, [0, *PERCENTS])
     }
-    rows = table(scores, lengths, best, rates)
+
     separate, together = costs(lengths, len(rates) * len(tuning_seeds), len(seeds))
-    headline = [
-        with_error(
-            scores[f"{arm_name(TUNED)}, {n}"]["last"][:, 0]
-            - scores[f"cosine, {n}"]["last"][:, 0]
-        )
+    less = [
+        harness.paired(
+            scores[f"{arm_name(TUNED)}, {n}"]["last"][:, 0],
+            scores[f"cosine, {n}"]["last"][:, 0],
+        ).short()
         for n in lengths
     ]
     harness.report(
+        args,
         "late_decay_training",
         f"{setup.task.name}, batches of {setup.task.batch_size}: mean ± s.d. (n), "
         "differences ± s.e.; recalibrated, ema, lawa: accuracy less that of the last "
         "weights with their running statistics. Steps in all, tuning "
         f"included: {separate:,} of cosine, {together:,} of {arm_name(TUNED)}s",
-        rows,
+        table(scores, lengths, best, rates),
         {
             "rates": rates,
             "tuning": grids,
             "scores": scores,
-            "plane": measured[constant, None],
+            "plane": measured["plane"],
         },
-        args.out,
-        {
-            "question": "Does one run with cooldowns replace a cosine per length?",
-            "arms": f"{TUNED} % cooldown less cosine",
-            "steps": ", ".join(map(str, lengths)),
-            "mean ± std (n)": ", ".join(headline)
-            + f" points of accuracy (± s.e., n={len(seeds)})",
-            "cost": f"{together / separate:.2f} of the steps, with tuning",
-            "command": "python benchmarks/late_decay_training.py"
-            + (" --data CIFAR10" if args.data else ""),
-        },
+        "Does one run with cooldowns replace a cosine per length?",
+        f"{TUNED} % cooldown less cosine",
+        ", ".join(map(str, lengths)),
+        ", ".join(less) + f" points of accuracy (± s.e., n={len(seeds)})",
+        f"{together / separate:.2f} of the steps, with tuning",
     )
-    import matplotlib
-
-    matplotlib.use("Agg")
     draw_lengths(setup, scores, args.out / "late_decay_training.png")
-    draw_plane(setup, measured[constant, None], args.out / "late_decay_plane.png")
+    draw_plane(setup, measured["plane"], args.out / "late_decay_plane.png")
 
 
 if __name__ == "__main__":

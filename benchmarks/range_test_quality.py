@@ -18,7 +18,7 @@ its ladder, smoothing and trimming. The probes' steps are not deducted from the 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import harness
 import jax
@@ -28,7 +28,6 @@ import optax
 import tasks
 
 import optax_superconv as osc
-from optax_superconv._suggestions import Method
 
 NUM_SEEDS = 5
 MOMENTUM, B2 = 0.9, 0.99
@@ -58,20 +57,19 @@ REPORTING = {
 }
 
 
+METHODS = ("knee", "valley", "steepest", "minimum", "divergence")
+
 # --- what is run ----------------------------------------------------------------------
 
 
-def final_losses(
-    task: tasks.Task, optimizer: str, rates: np.ndarray, seeds: range
-) -> tuple[np.ndarray, list[float]]:
+def final_losses(task, optimizer, rates, seeds) -> tuple[np.ndarray, list[float]]:
     """(rates, seeds) held-out losses after one cycle, and (seeds) before it."""
     make_tx = functools.partial(CYCLES[optimizer], total_steps=task.num_steps)
     training = tasks.make_training(task, make_tx)
-
     starts = [training.start(seed) for seed in seeds]
     untrained = [float(training.held_out_loss(start)) for start in starts]
 
-    def run(member: tuple[float, int]) -> float:
+    def run(member) -> float:
         rate, seed = member
         indices = tasks.batch_indices(task, task.num_steps, seed)
         state, _ = training.run(starts[seed], np.float32(rate), indices, seed)
@@ -82,24 +80,24 @@ def final_losses(
     return losses, untrained
 
 
-def probes(
-    task: tasks.Task, optimizer: str, n: int, seeds: range
-) -> list[dict[str, Any]]:
+def probes(task, optimizer, n, seeds) -> list[dict[str, Any]]:
     """What each seed's probes of ``n`` steps give, all from its fresh start."""
     training = tasks.make_training(task, CONSTANT[optimizer])
 
-    def run(seed: int) -> dict[str, Any]:
+    def run(seed) -> dict[str, Any]:
         state = training.start(seed)
-        test = functools.partial(osc.range_test, training.step, state)
+
+        def curve(seed, **options) -> dict[str, Any]:
+            found = osc.range_test(
+                training.step, state, training.batches(seed, n), num_steps=n, **options
+            )
+            names = ("learning_rates", "losses", "smoothed_losses", "diverged")
+            return {name: getattr(found, name) for name in names}
+
         return {
             # Three repeats for the median, in other orders of the batches.
-            "curves": [
-                test(training.batches(seed + 100 * k, n), num_steps=n)._asdict()
-                for k in range(3)
-            ],
-            "fastai": test(
-                training.batches(seed, n), min_value=1e-7, num_steps=n
-            )._asdict(),
+            "curves": [curve(seed + 100 * k) for k in range(3)],
+            "fastai": curve(seed, min_value=1e-7),
             "curvature": curvature_limit(training, state, seed, optimizer),
             "threshold": threshold(training, state, seed, n),
         }
@@ -107,11 +105,9 @@ def probes(
     return harness.in_threads(run, seeds)
 
 
-def curvature_limit(
-    training: tasks.Training, state: Any, seed: int, optimizer: str
-) -> float:
+def curvature_limit(training, state, seed, optimizer) -> float:
     """At the start, on one batch; Adam's second moment is that of 20 batches there."""
-    preconditioner = None
+    preconditioner, name = None, "nesterov"
     params, other, _ = state
     batches = training.batches(seed, 20)
     if optimizer == "adamw":
@@ -119,23 +115,18 @@ def curvature_limit(
             state, _ = training.step(state, 1e-12, batch)
         adam = optax.tree.get(state[2], "ScaleByAdamState")
         nu_hat = optax.tree.bias_correction(adam.nu, B2, adam.count)
-        preconditioner = jax.tree.map(lambda nu: jnp.sqrt(nu) + 1e-8, nu_hat)
+        preconditioner, name = (
+            jax.tree.map(lambda nu: jnp.sqrt(nu) + 1e-8, nu_hat),
+            "adam",
+        )
     found = osc.sharpness(
         training.loss_fn, params, other, batches[0], preconditioner=preconditioner
     )
-    limit = osc.stability_limit(
-        found,
-        optimizer="adam" if optimizer == "adamw" else "nesterov",
-        momentum=MOMENTUM,
-    )
-    return float(limit)
+    return float(osc.stability_limit(found, optimizer=name, momentum=MOMENTUM))
 
 
-def threshold(
-    training: tasks.Training, state: Any, seed: int, n: int
-) -> dict[str, Any]:
-    batches = training.batches(seed, n)
-    bounds = (1e-4, 100.0)
+def threshold(training, state, seed, n) -> dict[str, Any]:
+    batches, bounds = training.batches(seed, n), (1e-4, 100.0)
     try:
         found = osc.convergence_threshold(
             training.step, state, batches, bounds=bounds, num_steps=n
@@ -148,9 +139,7 @@ def threshold(
 # --- rules ----------------------------------------------------------------------------
 
 
-def fastai_curve(
-    curve: dict[str, Any], num_steps: int = 100
-) -> tuple[np.ndarray, np.ndarray]:
+def fastai_curve(curve, num_steps=100) -> tuple[np.ndarray, np.ndarray]:
     """Rates and losses as fast.ai's rules see them: up to 4 times the best, trimmed."""
     losses = np.asarray(curve["smoothed_losses"], np.float64)
     over = ~(losses <= 4 * np.fmin.accumulate(losses))
@@ -190,30 +179,25 @@ def fastai_steep(rates: np.ndarray, losses: np.ndarray) -> float:
     return rates[np.argmin(np.diff(losses) / np.diff(np.log(rates)))]
 
 
-def steepest_by_index(curve: dict[str, Any]) -> float:
-    """As in torch-lr-finder: of the running average but its first 10 and last 5."""
-    losses = np.asarray(curve["smoothed_losses"], np.float64)[10:-5]
-    return curve["learning_rates"][10 + int(np.nanargmin(np.gradient(losses)))]
+def steepest(curve, by_rate=False) -> float:
+    """As in torch-lr-finder, of the running average but its first 10 and last 5.
 
-
-def steepest_by_rate(curve: dict[str, Any]) -> float:
-    """The same, per unit of the rate instead of per step."""
+    Per step there; with ``by_rate`` per unit of the rate.
+    """
     losses = np.asarray(curve["smoothed_losses"], np.float64)[10:-5]
     rates = np.asarray(curve["learning_rates"])[10:-5]
-    return rates[int(np.nanargmin(np.gradient(losses, rates)))]
+    return rates[int(np.nanargmin(np.gradient(losses, *[rates] * by_rate)))]
 
 
-def as_result(curve: dict[str, Any]) -> osc.RangeTestResult:
-    arrays = {
-        k: np.array([np.nan if x is None else x for x in v], np.float64)
-        for k, v in curve.items()
-        if isinstance(v, list)
-    }
-    return osc.RangeTestResult(**{**curve, **arrays})
+def suggested(*curves, **options) -> float:
+    """By the package; what is not finite came back as None."""
 
+    def as_result(curve) -> osc.RangeTestResult:
+        names = ("learning_rates", "losses", "smoothed_losses")
+        arrays = {name: np.asarray(curve[name], np.float64) for name in names}
+        return osc.RangeTestResult(**arrays, diverged=curve["diverged"])
 
-def suggested(curve: dict[str, Any], **options: Any) -> float:
-    return osc.suggest_learning_rate(as_result(curve), **options)
+    return osc.suggest_learning_rate([*map(as_result, curves)], **options)
 
 
 class Rule(NamedTuple):
@@ -223,48 +207,52 @@ class Rule(NamedTuple):
     cost: Callable[[dict[str, Any]], int]
 
 
+def curve_rules() -> dict[str, Callable[[dict[str, Any]], float]]:
+    """Those that read one curve, which is fast.ai's own for its rules."""
+    of_fastai = (fastai_valley, fastai_slide, fastai_minimum, fastai_steep)
+    return {
+        **{
+            rule.__name__.replace("_", ".", 1): lambda curve, rule=rule: rule(
+                *fastai_curve(curve)
+            )
+            for rule in of_fastai
+        },
+        "steepest by index": steepest,
+        "steepest by rate": functools.partial(steepest, by_rate=True),
+        **{method: functools.partial(suggested, method=method) for method in METHODS},
+        "default": suggested,
+    }
+
+
 def make_rules() -> dict[str, Rule]:
-    def steps(probe: dict[str, Any]) -> int:
+    def steps(probe) -> int:
         return len(probe["curves"][0]["losses"])
 
-    def of_curve(read: Callable[..., float]) -> Rule:
+    def of_curve(name, read) -> Rule:
+        if name.startswith("fastai"):
+            return Rule(lambda probe: read(probe["fastai"]), steps)
         return Rule(lambda probe: read(probe["curves"][0]), steps)
 
-    rules = {}
-
-    def of_fastai(read: Callable[..., float]) -> Rule:
-        return Rule(lambda probe: read(*fastai_curve(probe["fastai"])), steps)
-
-    for rule in (fastai_valley, fastai_slide, fastai_minimum, fastai_steep):
-        rules[rule.__name__.replace("_", ".", 1)] = of_fastai(rule)
-    rules["steepest by index"] = of_curve(steepest_by_index)
-    rules["steepest by rate"] = of_curve(steepest_by_rate)
-    for method in get_args(Method):
-        rules[method] = of_curve(functools.partial(suggested, method=method))
-    rules["default"] = of_curve(suggested)
-    rules["default, median of 3"] = Rule(
-        lambda probe: osc.suggest_learning_rate(
-            [as_result(curve) for curve in probe["curves"]]
-        ),
-        lambda probe: 3 * steps(probe),
-    )
-
-    def of_threshold(factor: float) -> Rule:
+    def of_threshold(factor) -> Rule:
         return Rule(
             lambda probe: factor * (probe["threshold"]["rate"] or np.nan),
             lambda probe: probe["threshold"]["steps"],
         )
 
-    for factor in (0.5, 1, 1.5, 2, 3):
-        rules[f"threshold x {factor}"] = of_threshold(factor)
-    rules["curvature limit"] = Rule(lambda probe: probe["curvature"], lambda probe: 40)
-    return rules
+    return {
+        **{name: of_curve(name, read) for name, read in curve_rules().items()},
+        "default, median of 3": Rule(
+            lambda probe: suggested(*probe["curves"]), lambda probe: 3 * steps(probe)
+        ),
+        **{f"threshold x {k}": of_threshold(k) for k in (0.5, 1, 1.5, 2, 3)},
+        "curvature limit": Rule(lambda probe: probe["curvature"], lambda probe: 40),
+    }
 
 
 # --- what comes out -------------------------------------------------------------------
 
 
-def regrets(record: dict[str, Any], rule: Rule) -> tuple[list[float], list[float]]:
+def regrets(record, rule) -> tuple[list[float], list[float]]:
     """Of each seed's probe: the rate that it suggests, and what that costs."""
     means = np.mean(record["losses"], axis=1)
     log_rates, log_losses = np.log(record["rates"]), np.log(means / means.min())
@@ -293,9 +281,7 @@ def spread(rates: Sequence[float]) -> float:
     return float(found.max() / found.min()) if found.size else np.nan
 
 
-def synthetic_spread(
-    noise: float, rule: Callable[[dict[str, Any]], float], families: int, draws: int
-) -> float:
+def synthetic_spread(noise, rule, families, draws) -> float:
     """5 to 95 % over noisy curves that fall by 1.8 around a rate of 10**-2.5.
 
     The worst of several families of draws.
@@ -319,8 +305,20 @@ def synthetic_spread(
     return float(max(spreads))
 
 
+def compute(make_task, optimizer, rates, n, seeds) -> dict[str, Any]:
+    task = make_task()
+    losses, untrained = final_losses(task, optimizer, rates, seeds)
+    return {
+        "rates": rates,
+        "losses": losses,
+        "untrained": untrained,
+        "steps": task.num_steps,
+        "probes": probes(task, optimizer, n, seeds),
+    }
+
+
 def main() -> None:
-    args = harness.parse_args(__doc__, data="CIFAR-10: an .npz of JPEGs or the archive")
+    args = harness.parse_args(__doc__, takes_data=True)
     makers, every, n, seeds = CHOOSING | REPORTING, 1, 100, range(NUM_SEEDS)
     curves_each = (5, 200)
     if args.data is not None:
@@ -328,45 +326,24 @@ def main() -> None:
     if args.smoke:
         makers = {"cancer-linear": tasks.cancer_linear}
         every, n, seeds, curves_each = 8, 60, range(1), (1, 20)
-        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
-    parts = args.out / "parts" / ("smoke" if args.smoke else "range_test_quality")
-    records: dict[tuple[str, str], dict[str, Any]] = {}
-    with harness.progress(2 * len(makers)) as begin:
-        for name, make_task in makers.items():
-            for optimizer, grid in GRIDS.items():
-                begin(f"{name}, {optimizer}")
-
-                def compute(
-                    make_task: Callable[[], tasks.Task] = make_task,
-                    optimizer: str = optimizer,
-                    rates: np.ndarray = grid[::every],
-                ) -> dict[str, Any]:
-                    task = make_task()
-                    losses, untrained = final_losses(task, optimizer, rates, seeds)
-                    return {
-                        "rates": rates,
-                        "losses": losses,
-                        "untrained": untrained,
-                        "steps": task.num_steps,
-                        "probes": probes(task, optimizer, n, seeds),
-                    }
-
-                path = parts / f"{name}-{optimizer}.json"
-                # Suggestions are read off the curves afterwards.
-                records[name, optimizer] = harness.resumable(
-                    path, compute, without=("_suggestions", "plotting", "overhead")
-                )
+    jobs = {
+        (name, optimizer): functools.partial(
+            compute, make_task, optimizer, grid[::every], n, seeds
+        )
+        for name, make_task in makers.items()
+        for optimizer, grid in GRIDS.items()
+    }
+    # One after the other, as each has threads of its own.
+    records = harness.sweep(jobs, args.parts, workers=1)
 
     rules = make_rules()
+    all_probes = [p for record in records.values() for p in record["probes"]]
     lengths = [record["steps"] for record in records.values()]
-    picked: dict[str, dict[str, list[float]]] = {}
-    regret: dict[str, dict[str, list[float]]] = {}
-    rows = []
+    picked, regret, rows = {}, {}, []
     for rule_name, rule in rules.items():
         both = {key: regrets(record, rule) for key, record in records.items()}
         picked[rule_name] = {" ".join(key): pair[0] for key, pair in both.items()}
         regret[rule_name] = {" ".join(key): pair[1] for key, pair in both.items()}
-        all_probes = [p for record in records.values() for p in record["probes"]]
         row = {
             "rule": rule_name,
             "steps": f"{np.mean([rule.cost(p) for p in all_probes]):.0f}",
@@ -383,7 +360,16 @@ def main() -> None:
                     ]
                 )
         rows.append(row)
+    of_default = {
+        optimizer: [
+            float(np.mean(values))
+            for key, values in regret["default"].items()
+            if key.endswith(optimizer) and key.split()[0] not in CHOOSING
+        ]
+        for optimizer in GRIDS
+    }
     harness.report(
+        args,
         "range_test_quality",
         "Held-out loss of one cycle at the suggested peak over that at the best of 17: "
         "geometric mean over tasks, worst task",
@@ -396,42 +382,28 @@ def main() -> None:
             "picked": picked,
             "regret": regret,
         },
-        args.out,
-        {
-            "question": "Which reading of a range test is a good peak for one cycle?",
-            "arms": f"{len(rules)} rules, {len(records)} tasks x optimizers",
-            "steps": f"{n} a test, {min(lengths)} to {max(lengths)} a run",
-            "mean ± std (n)": "regret of the default on the tasks that report it: "
-            + ", ".join(
-                f"{optimizer} "
-                + harness.mean_and_std(
-                    float(np.mean(values))
-                    for key, values in regret["default"].items()
-                    if key.endswith(optimizer) and key.split()[0] not in CHOOSING
-                )
-                for optimizer in GRIDS
-            ),
-            "cost": f"{n} steps",
-            "command": "python benchmarks/range_test_quality.py --data CIFAR10",
-        },
+        "Which reading of a range test is a good peak for one cycle?",
+        f"{len(rules)} rules, {len(records)} tasks x optimizers",
+        f"{n} a test, {min(lengths)} to {max(lengths)} a run",
+        "regret of the default on the tasks that report it: "
+        + ", ".join(f"{k} {harness.mean_and_std(v)}" for k, v in of_default.items()),
+        f"{n} steps",
     )
 
-    curves: dict[str, Callable[[dict[str, Any]], float]] = {
-        method: functools.partial(suggested, method=method)
-        for method in get_args(Method)
-        if method != "divergence"
-    }
-    curves["default"] = suggested
-    curves["fastai.valley"] = lambda curve: fastai_valley(*fastai_curve(curve))
-    curves["fastai.slide"] = lambda curve: fastai_slide(*fastai_curve(curve))
+    names = (*METHODS[:-1], "default", "fastai.valley", "fastai.slide")
     spreads = {
         name: {
-            noise: synthetic_spread(noise, rule, *curves_each)
+            noise: synthetic_spread(noise, curve_rules()[name], *curves_each)
             for noise in (0.02, 0.05, 0.1, 0.2)
         }
-        for name, rule in curves.items()
+        for name in names
     }
+    told = [
+        ", ".join(f"{v:.2f}" for v in spreads[name].values())
+        for name in ("default", "fastai.valley")
+    ]
     harness.report(
+        args,
         "range_test_spread",
         "5 to 95 % of the suggestion over 200 noisy curves, high over low, worst of 5",
         [
@@ -439,18 +411,11 @@ def main() -> None:
             for name, values in spreads.items()
         ],
         {"spreads": spreads},
-        args.out,
-        {
-            "question": "How far does noise move a suggestion?",
-            "arms": "default / fast.ai's valley, noise of 0.02, 0.05, 0.1, 0.2 on 1.8",
-            "steps": "100",
-            "mean ± std (n)": "5 to 95 %, high over low, worst of 5 (n=200): "
-            + ", ".join(f"{v:.2f}" for v in spreads["default"].values())
-            + " / "
-            + ", ".join(f"{v:.2f}" for v in spreads["fastai.valley"].values()),
-            "cost": "none",
-            "command": "python benchmarks/range_test_quality.py",
-        },
+        "How far does noise move a suggestion?",
+        "default / fast.ai's valley, noise of 0.02, 0.05, 0.1, 0.2 on 1.8",
+        "100",
+        "5 to 95 %, high over low, worst of 5 (n=200): " + " / ".join(told),
+        "none",
     )
 
 

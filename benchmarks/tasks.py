@@ -45,47 +45,31 @@ def squared_error(model: Any, batch: data.Batch) -> jax.Array:
 # --- the tasks ------------------------------------------------------------------------
 
 
+def digits(name: str, network: Callable[..., Any], *, as_images: bool = False) -> Task:
+    parts = data.split(*data.load_digits(as_images), 1000)
+    return Task(name, lambda rngs: network(rngs=rngs), cross_entropy, *parts, 64, 1000)
+
+
 def digits_mlp() -> Task:
-    model = functools.partial(networks.MLP, 64, 64, 64, 10)
-    parts = data.split(*data.load_digits(), 1000)
-    return Task(
-        "digits, MLP", lambda rngs: model(rngs=rngs), cross_entropy, *parts, 64, 1000
-    )
-
-
-def digits_cnn() -> Task:
-    model = functools.partial(networks.CNN, 1, 16, 32, num_classes=10)
-    parts = data.split(*data.load_digits(as_images=True), 1000)
-    return Task(
-        "digits, CNN", lambda rngs: model(rngs=rngs), cross_entropy, *parts, 64, 1000
-    )
-
-
-def digits_autoencoder() -> Task:
-    model = functools.partial(networks.MLP, 64, 48, 12, 48, 64, activation=nnx.tanh)
-    images, _ = data.load_digits()
-    parts = data.split(images, images, 1000)
-    return Task(
-        "digits, autoencoder",
-        lambda rngs: model(rngs=rngs),
-        squared_error,
-        *parts,
-        64,
-        1000,
-    )
+    return digits("digits, MLP", functools.partial(networks.MLP, 64, 64, 64, 10))
 
 
 def digits_deep_mlp() -> Task:
-    model = functools.partial(networks.MLP, 64, *[32] * 6, 10)
-    parts = data.split(*data.load_digits(), 1000)
-    return Task(
-        "digits, deep MLP",
-        lambda rngs: model(rngs=rngs),
-        cross_entropy,
-        *parts,
-        64,
-        1000,
-    )
+    network = functools.partial(networks.MLP, 64, *[32] * 6, 10)
+    return digits("digits, deep MLP", network)
+
+
+def digits_cnn() -> Task:
+    network = functools.partial(networks.CNN, 1, 16, 32, num_classes=10)
+    return digits("digits, CNN", network, as_images=True)
+
+
+def digits_autoencoder() -> Task:
+    network = functools.partial(networks.MLP, 64, 48, 12, 48, 64, activation=nnx.tanh)
+    images, _ = data.load_digits()
+    parts = data.split(images, images, 1000)
+    labelled = digits("digits, autoencoder", network)
+    return labelled._replace(loss_fn=squared_error, train=parts[0], held_out=parts[1])
 
 
 def sums_transformer() -> Task:
@@ -170,24 +154,41 @@ def cifar10_resnet(path: pathlib.Path) -> Task:
 # --- training -------------------------------------------------------------------------
 
 
+class Network(NamedTuple):
+    """Jitted functions of a network, whatever its optimizer.
+
+    Attributes:
+      graph: What ``nnx.merge`` needs beside the parameters and other state.
+      start: ``seed -> (params, other)``; it takes as long to compile as a run.
+      score: ``(params, other, batch) -> (accuracy in %, loss)`` of a classifier.
+    """
+
+    graph: Any
+    start: Callable[[Any], tuple[Any, Any]]
+    score: Callable[[Any, Any, data.Batch], jax.Array]
+
+
 class Training(NamedTuple):
     """A task with an optimizer that is built from a rate.
 
     Attributes:
       start: ``seed -> state``, of parameters, the network's other state, and the
         optimizer's.
+      begin: ``(params, other) -> state``, of an optimizer that has not begun.
       loss_fn: ``(params, other, batch) -> loss``, of a network that trains.
       step: ``(state, rate, batch) -> (state, loss)``, jitted.
-      run: ``(state, rate, indices, seed) -> (state, losses)``: one jitted scan of the
-        step over (n, batch_size) indices of examples, augmented.
+      run: ``(state, rate, indices, seed, examples) -> (state, losses)``: one
+        jitted scan of the step over (n, batch_size) indices of examples (the task's
+        unless others are given), augmented.
       held_out_loss: ``state -> loss`` on what is held out, jitted.
       batches: ``(seed, count) -> list`` of the batches that ``run`` sees.
     """
 
     start: Callable[[int], Any]
+    begin: Callable[[Any, Any], Any]
     loss_fn: Callable[[Any, Any, data.Batch], jax.Array]
     step: Callable[[Any, Any, data.Batch], tuple[Any, jax.Array]]
-    run: Callable[[Any, Any, Any, Any], tuple[Any, jax.Array]]
+    run: Callable[..., tuple[Any, jax.Array]]
     held_out_loss: Callable[[Any], jax.Array]
     batches: Callable[[int, int], list[data.Batch]]
 
@@ -207,29 +208,47 @@ def batch_indices(task: Task, num_steps: int, seed: int) -> np.ndarray:
     return shuffled(len(task.train[1]), task.batch_size, num_steps, seed)
 
 
-def make_training(task: Task, make_tx: Callable[[Any], Any]) -> Training:
-    """Any ``make_tx(rate)``, so that one program serves every rate."""
+@functools.cache
+def make_network(make_model: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+    """Compiled once for all optimizers."""
 
     def build(seed: Any) -> nnx.Module:
-        return task.make_model(nnx.Rngs(jax.random.key(seed)))
+        return make_model(nnx.Rngs(jax.random.key(seed)))
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: build(0)))
 
     @jax.jit
     def start(seed: Any) -> Any:
-        model = build(seed)
-        params, other = nnx.state(model, nnx.Param, ...)
+        return nnx.split(build(seed), nnx.Param, ...)[1:]
+
+    @jax.jit
+    def score(params: Any, other: Any, batch: data.Batch) -> jax.Array:
+        def forward(image: jax.Array) -> jax.Array:
+            model: Any = nnx.merge(graph, params, other, copy=True)
+            model.eval()
+            return model(image[None])[0]
+
+        logits = lax.map(forward, batch[0], batch_size=500)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+        accuracy = 100 * jnp.mean(logits.argmax(-1) == batch[1])
+        return jnp.stack([accuracy, losses.mean()])
+
+    return Network(graph, start, score)
+
+
+def make_training(task: Task, make_tx: Callable[[Any], Any]) -> Training:
+    """Any ``make_tx(rate)``, so that one program serves every rate."""
+    network = make_network(task.make_model)
+
+    def begin(params: Any, other: Any) -> Any:
         return params, other, make_tx(1.0).init(params)
 
     def loss_and_other(
         params: Any, other: Any, batch: data.Batch
     ) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graph, params, other, copy=True)
+        model = nnx.merge(network.graph, params, other, copy=True)
         loss = task.loss_fn(model, batch)
         return loss, nnx.state(model, nnx.Not(nnx.Param))
-
-    def loss_fn(params: Any, other: Any, batch: data.Batch) -> jax.Array:
-        return loss_and_other(params, other, batch)[0]
 
     @jax.jit
     def step(state: Any, rate: Any, batch: data.Batch) -> tuple[Any, jax.Array]:
@@ -240,22 +259,23 @@ def make_training(task: Task, make_tx: Callable[[Any], Any]) -> Training:
         return (optax.apply_updates(params, updates), other, opt_state), loss
 
     @jax.jit
-    def gather(indices: Any, key: jax.Array) -> data.Batch:
-        inputs, targets = (array[indices] for array in task.train)
-        batch = inputs, targets
+    def gather(indices: Any, key: jax.Array, examples: Any = task.train) -> data.Batch:
+        batch = examples[0][indices], examples[1][indices]
         return batch if task.augment is None else task.augment(key, batch)
 
     @jax.jit
-    def run(state: Any, rate: Any, indices: Any, seed: Any) -> tuple[Any, jax.Array]:
+    def run(
+        state: Any, rate: Any, indices: Any, seed: Any, examples: Any = task.train
+    ) -> tuple[Any, jax.Array]:
         def body(state: Any, scanned: Any) -> tuple[Any, jax.Array]:
-            return step(state, rate, gather(*scanned))
+            return step(state, rate, gather(*scanned, examples))
 
         keys = jax.random.split(jax.random.key(seed), len(indices))
         return lax.scan(body, state, (indices, keys))
 
     @jax.jit
     def held_out_loss(state: Any) -> jax.Array:
-        model = nnx.merge(graph, *state[:2], copy=True)
+        model = nnx.merge(network.graph, *state[:2], copy=True)
         model.eval()
         return task.loss_fn(model, task.held_out)
 
@@ -264,4 +284,12 @@ def make_training(task: Task, make_tx: Callable[[Any], Any]) -> Training:
         indices = batch_indices(task, count, seed)
         return [gather(*pair) for pair in zip(indices, keys, strict=True)]
 
-    return Training(start, loss_fn, step, run, held_out_loss, batches)
+    return Training(
+        lambda seed: begin(*network.start(seed)),
+        begin,
+        lambda params, other, batch: loss_and_other(params, other, batch)[0],
+        step,
+        run,
+        held_out_loss,
+        batches,
+    )
