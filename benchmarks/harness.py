@@ -10,7 +10,9 @@ import argparse
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -106,6 +108,31 @@ def sweep(
         return dict(zip(jobs, in_threads(run, jobs, workers), strict=True))
 
 
+def tune(
+    run: Callable[[Any, float, int], Any],
+    arms: Iterable[Any],
+    rates: Sequence[float],
+    seeds: Iterable[int],
+    parts: pathlib.Path,
+) -> tuple[dict[Any, float], dict[Any, np.ndarray]]:
+    """The rate of each arm with the highest mean over the seeds: the rule for all.
+
+    ``run`` takes arm, rate and seed, and gives an accuracy and what else is kept; the
+    second result is (rates, seeds, ...) of each arm.
+    """
+    jobs = {
+        (*arm, rate, seed): functools.partial(run, arm, rate, seed)
+        for rate, seed, arm in itertools.product(rates, seeds, arms)
+    }
+    done = sweep(jobs, parts)
+    grids = {
+        arm: np.array([[done[*arm, r, s] for s in seeds] for r in rates], float)
+        for arm in arms
+    }
+    best = {arm: int(grid[..., 0].mean(1).argmax()) for arm, grid in grids.items()}
+    return {arm: rates[k] for arm, k in best.items()}, grids
+
+
 def resumable(path: pathlib.Path, compute: Callable[[], Any]) -> Any:
     """What ``compute`` gives, kept at ``path``; not computed again by the same source.
 
@@ -116,12 +143,10 @@ def resumable(path: pathlib.Path, compute: Callable[[], Any]) -> Any:
         kept = json.loads(path.read_text())
         if kept["source"] == source:
             return kept["value"]
-    begin = time.perf_counter()
     value = to_json(compute())
-    record = {"source": source, "seconds": time.perf_counter() - begin, "value": value}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")  # An interruption leaves nothing half done.
-    partial.write_text(json.dumps(record))
+    partial.write_text(json.dumps({"source": source, "value": value}))
     partial.replace(path)
     return value
 
@@ -249,11 +274,6 @@ def paired(ours: Any, theirs: Any = 0.0) -> Difference:
     return Difference(float(apart.mean()), float(error), won, lost, n)
 
 
-def best_rate(accuracies: Any, rates: Sequence[float]) -> float:
-    """Of the highest mean over tuning seeds, from (rates, seeds): the rule for all."""
-    return rates[int(np.mean(accuracies, axis=1).argmax())]
-
-
 def show_rate(rate: float, rates: Sequence[float]) -> str:
     """A rate that was chosen of a grid, and whether a larger grid may have a better."""
     return f"{rate:g}" + " (edge)" * (rate in (rates[0], rates[-1]))
@@ -263,9 +283,7 @@ def show_rate(rate: float, rates: Sequence[float]) -> str:
 
 
 @contextlib.contextmanager
-def figure(
-    path: pathlib.Path, layout: Sequence[Sequence[str]], size: tuple[float, float]
-) -> Iterator[tuple[Any, dict[str, Any]]]:
+def figure(path, layout, size) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A picture and its axes by name, all in one style; written when it is done."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -273,9 +291,15 @@ def figure(
     style: Any = {"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 9}
     with matplotlib.rc_context(style | {"errorbar.capsize": 2}):
         picture = Figure(figsize=size, dpi=150, layout="constrained")
-        yield picture, picture.subplot_mosaic([list(row) for row in layout])
-        path.parent.mkdir(parents=True, exist_ok=True)
+        yield picture, picture.subplot_mosaic(layout)
         picture.savefig(path)
+
+
+def curve(axes, x, samples: Iterable[Any], style: str, label: str) -> None:
+    """Mean and standard error of each sample."""
+    found = [paired(sample) for sample in samples]
+    means, errors = [d.mean for d in found], [d.error for d in found]
+    axes.errorbar(x, means, errors, fmt=style, markersize=5, label=label)
 
 
 COLUMNS = [

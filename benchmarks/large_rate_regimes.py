@@ -25,7 +25,7 @@ training loss of 0.01.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import harness
@@ -93,13 +93,6 @@ def draw_points(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     return points
 
 
-def draw_border(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
-    """(*shape, 2), on the borders between the classes."""
-    first = rng.uniform(-2, 2, shape)
-    second = np.abs(first) - 2 * rng.integers(0, 2, shape)
-    return np.stack([first, second], axis=-1)
-
-
 class Problem(NamedTuple):
     """One seed's, or with a leading axis many seeds'."""
 
@@ -121,7 +114,10 @@ def make_problem(seed: int, budget: Budget) -> Problem:
 
     def with_only(feature: int) -> tuple[np.ndarray, np.ndarray]:
         labels = rng.integers(0, 2, budget.num_feature_test)
-        inputs = draw_border(rng, (len(labels), NUM_FEATURES))
+        # On the borders between the classes, but for one.
+        first = rng.uniform(-2, 2, (len(labels), NUM_FEATURES))
+        second = np.abs(first) - 2 * rng.integers(0, 2, first.shape)
+        inputs = np.stack([first, second], axis=-1)
         inputs[:, feature] = draw_points(rng, labels)
         return inputs.reshape(len(labels), -1), labels
 
@@ -149,7 +145,7 @@ def make_orders(seed: int, budget: Budget) -> list[np.ndarray]:
 # --- the network and its training -----------------------------------------------------
 
 
-def logits_of(params: Any, head: Any, inputs: Any) -> jax.Array:
+def logits_of(params, head, inputs) -> jax.Array:
     """Layer norms without scale or bias make it invariant to the weights' scale."""
     hidden = inputs
     for kernel in params:
@@ -160,36 +156,37 @@ def logits_of(params: Any, head: Any, inputs: Any) -> jax.Array:
     return hidden @ head
 
 
-def loss_fn(params: Any, head: Any, inputs: Any, labels: Any) -> jax.Array:
-    logits = logits_of(params, head, inputs)
-    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+def loss_fn(params, head, batch) -> jax.Array:
+    logits = logits_of(params, head, batch[0])
+    return optax.sigmoid_binary_cross_entropy(logits, batch[1]).mean()
 
 
-def accuracy(params: Any, head: Any, examples: Any) -> jax.Array:
+def accuracy(params, head, batch) -> jax.Array:
     """In %."""
-    inputs, labels = examples
-    return 100 * jnp.mean((logits_of(params, head, inputs) > 0) == labels)
+    return 100 * jnp.mean((logits_of(params, head, batch[0]) > 0) == batch[1])
 
 
 to_sphere = optax.projections.projection_l2_sphere
 
 
-def stay_on_sphere() -> optax.GradientTransformation:
-    """Updates that end on the unit sphere, of all parameters together."""
+def make_tx(rate, *averages) -> optax.GradientTransformation:
+    """SGD whose updates end on the unit sphere, of all parameters together."""
 
-    def project(updates: Any, params: Any) -> Any:
+    def project(updates, params) -> Any:
         after = to_sphere(optax.apply_updates(params, updates))
         return jax.tree.map(jnp.subtract, after, params)
 
-    return optax.stateless(project)
+    sgd = osc.late_decay_sgd(rate, None, momentum=0.0, nesterov=False)
+    return optax.chain(sgd, optax.stateless(project), *averages)
 
 
-def make_tx(rate: Any, *averages: Any) -> Any:
-    return optax.chain(
-        osc.late_decay_sgd(rate, None, momentum=0.0, nesterov=False),
-        stay_on_sphere(),
-        *averages,
-    )
+def step(tx, state, chosen, examples, head) -> tuple[Any, jax.Array]:
+    """On the chosen examples."""
+    params, opt_state = state
+    batch = tuple(array[chosen] for array in examples)
+    loss, grads = jax.value_and_grad(loss_fn)(params, head, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), loss
 
 
 @functools.partial(jax.jit, static_argnames="spacing")
@@ -206,11 +203,7 @@ def train(params, rates, problems, orders, spacing=0) -> tuple[Any, dict[str, An
         tx = make_tx(rate, *averages.values())
 
         def body(state, chosen) -> tuple[Any, None]:
-            params, opt_state = state
-            inputs, labels = (array[chosen] for array in problem.train)
-            grads = jax.grad(loss_fn)(params, problem.head, inputs, labels)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
+            return step(tx, state, chosen, problem.train, problem.head)[0], None
 
         (params, opt_state), _ = lax.scan(body, (params, tx.init(params)), order)
         return params, {
@@ -228,11 +221,8 @@ def evaluate(params, problems) -> dict[str, jax.Array]:
 
     def run(params, problem) -> dict[str, jax.Array]:
         measure = functools.partial(accuracy, params, problem.head)
-        return {
-            "train": measure(problem.train),
-            "test": measure(problem.test),
-            "features": lax.map(measure, problem.features),
-        }
+        parts = {"train": measure(problem.train), "test": measure(problem.test)}
+        return parts | {"features": lax.map(measure, problem.features)}
 
     return jax.vmap(jax.vmap(run, in_axes=(0, None)))(params, problems)
 
@@ -293,21 +283,15 @@ def run_group(seeds, rates, budget: Budget) -> dict[str, Any]:
     }
 
 
-# --- the threshold --------------------------------------------------------------------
-
-
 @jax.jit
 def epoch(params, rate, orders, examples, head) -> tuple[Any, jax.Array]:
     """A step of the search, whose loss is the mean over the epoch's batches."""
     tx = make_tx(rate)
 
-    def body(params, chosen) -> tuple[Any, jax.Array]:
-        inputs, labels = (array[chosen] for array in examples)
-        loss, grads = jax.value_and_grad(loss_fn)(params, head, inputs, labels)
-        updates, _ = tx.update(grads, tx.init(params), params)
-        return optax.apply_updates(params, updates), loss
+    def body(state, chosen) -> tuple[Any, jax.Array]:
+        return step(tx, state, chosen, examples, head)
 
-    params, losses = lax.scan(body, params, orders)
+    (params, _), losses = lax.scan(body, (params, tx.init(params)), orders)
     return params, losses.mean()
 
 
@@ -323,12 +307,8 @@ def find_threshold(seed: int, budget: Budget, **options) -> dict[str, Any]:
         num_steps=num_epochs,
         **options,
     )
-    return {
-        "threshold": found.threshold,
-        "rates": found.rates,
-        "end losses": found.end_losses,
-        "regimes": found.regimes,
-    }
+    names = ("threshold", "rates", "end_losses", "regimes")
+    return {name: getattr(found, name) for name in names}
 
 
 # --- what comes out -------------------------------------------------------------------
@@ -399,32 +379,26 @@ def judge(results: Results) -> list[Claim]:
     def less_direct(claim: str, at, name: str = "test", asked: str = "") -> Claim:
         return claimed(claim, at[name], direct[name], asked)
 
+    def less_low(claim: str, accuracies, asked: str) -> Claim:
+        return claimed(claim, accuracies, low["test"], asked)
+
+    sparsity = f"2 sparsity: best single feature, {then_low} direct"
+    recovery = f"3 recovery: {then_low} {ABOVE:g}"
+    too_large = f"4 too large hurts: {TOO_LARGE:g} less {ABOVE:g}, both then {LOW:g}"
+    best = f"5 best above the threshold: {then_low} direct"
+    any_rate = (
+        f"6 at any rate of fine-tuning: {ABOVE:g} then {HIGH:g}, less then {LOW:g}"
+    )
+    averages = f"7 averages beat fine-tuning: SWA20 at {ABOVE:g}, less then {LOW:g}"
     return [
         threshold,
-        less_direct(
-            f"2 sparsity: best single feature, {then_low} direct",
-            low,
-            "best feature",
-            "above 3 s.e.",
-        ),
+        less_direct(sparsity, low, "best feature", "above 3 s.e."),
         less_direct("  before fine-tuning", before, "best feature"),
         less_direct("  second best feature", low, "second feature"),
         less_direct("  median feature", low, "median feature"),
-        claimed(
-            f"3 recovery: {then_low} {ABOVE:g}",
-            low["test"],
-            before["test"],
-            "above 5 s.e.",
-        ),
-        claimed(
-            f"4 too large hurts: {TOO_LARGE:g} less {ABOVE:g}, both then {LOW:g}",
-            results[TOO_LARGE]["low"]["test"],
-            low["test"],
-            "below -2 s.e.",
-        ),
-        less_direct(
-            f"5 best above the threshold: {then_low} direct", low, asked="above 2 s.e."
-        ),
+        claimed(recovery, low["test"], before["test"], "above 5 s.e."),
+        less_low(too_large, results[TOO_LARGE]["low"]["test"], "below -2 s.e."),
+        less_direct(best, low, "test", "above 2 s.e."),
         *(
             claimed(
                 f"  where a feature alone had {word} {LEANING} % before",
@@ -434,43 +408,10 @@ def judge(results: Results) -> list[Claim]:
             for word, some in (("at least", leans), ("less than", ~leans))
             if some.sum() > 1
         ),
-        claimed(
-            f"6 at any rate of fine-tuning: {ABOVE:g} then {HIGH:g}, less then {LOW:g}",
-            above["high"]["test"],
-            low["test"],
-            "within 2 s.e.",
-        ),
-        claimed(
-            f"7 averages beat fine-tuning: SWA20 at {ABOVE:g}, less then {LOW:g}",
-            above["SWA20"]["test"],
-            low["test"],
-            "above 2 s.e.",
-        ),
+        less_low(any_rate, above["high"]["test"], "within 2 s.e."),
+        less_low(averages, above["SWA20"]["test"], "above 2 s.e."),
         less_direct(f"  SWA20 at {ABOVE:g}, less direct", above["SWA20"]),
     ]
-
-
-def table(results: Results) -> list[dict[str, Any]]:
-    """A row per rate of pre-training: means over seeds."""
-    direct, rows = results[DIRECT]["pre-trained"]["test"], []
-    for rate, at in sorted(results.items()):
-        low, between = at["low"]["test"], at["low to high"]
-        paired = len(low) == len(direct) and rate != DIRECT
-        best = [at[stage]["best feature"].mean() for stage in ("pre-trained", "low")]
-        barriers = [between[f"{part} barrier"].mean() for part in ("train", "test")]
-        rows.append(
-            {
-                "rate": f"{rate:g}",
-                "n": len(low),
-                "train": f"{at['pre-trained']['train'].mean():.1f}",
-                **{name: f"{at[k]['test'].mean():.1f}" for k, name in STAGES.items()},
-                f"{LOW:g} less direct": str(harness.paired(low, direct)) * paired,
-                "best feature": "{:.1f} → {:.1f}".format(*best),
-                "barrier": "{:.1f}, {:.1f}".format(*barriers),
-                "angle": f"{between['angle'].mean():.2f}",
-            }
-        )
-    return rows
 
 
 def draw(results: Results, threshold: float, path) -> None:
@@ -493,9 +434,8 @@ def draw(results: Results, threshold: float, path) -> None:
     with harness.figure(path, layout, (9, 7)) as (_, axes):
         for name, ax in axes.items():
             for label, style, stage, what in curves[name]:
-                found = [harness.paired(results[rate][stage][what]) for rate in rates]
-                means, errors = [d.mean for d in found], [d.error for d in found]
-                ax.errorbar(rates, means, errors, fmt=style, label=label)
+                samples = [results[rate][stage][what] for rate in rates]
+                harness.curve(ax, rates, samples, style, label)
             # In the legend of the largest alone.
             label = "convergence threshold" if name == layout[0][0] else None
             ax.axvline(threshold, color="k", ls=":", label=label)
@@ -506,51 +446,47 @@ def draw(results: Results, threshold: float, path) -> None:
 def main() -> None:
     args = harness.parse_args(__doc__)
     budget, seeds = Budget(), SEEDS
-    survey: Sequence[float] = SURVEY
-    num_survey, num_thresholds = NUM_SURVEY_SEEDS, NUM_THRESHOLD_SEEDS
-    options: dict[str, Any] = {
-        "bounds": (1e-3, 3.2e-2),
-        "num_rates": 7,
-        "rtol": 0.05,
-        "target_loss": TARGET_LOSS,
-    }
+    survey, num_survey, num_thresholds = SURVEY, NUM_SURVEY_SEEDS, NUM_THRESHOLD_SEEDS
+    options: dict[str, Any] = {"bounds": (1e-3, 3.2e-2), "num_rates": 7}
+    options |= {"rtol": 0.05, "target_loss": TARGET_LOSS}
     if args.smoke:
         budget = Budget(64, 50, 20, 64, 8, spacing=1)
         seeds, survey, num_survey, num_thresholds = seeds[:2], (), 0, 1
         options |= {"bounds": (1e-3, 1.0), "num_rates": 3, "target_loss": 0.1}
-    jobs: dict[Any, Callable[[], Any]] = {}
-    for name, rates, some in (
-        ("compared", COMPARED, seeds),
-        ("survey", survey, seeds[:num_survey]),
-    ):
-        for k in range(0, len(some), GROUP):
-            group = some[k : k + GROUP]
-            jobs[name, group[0]] = functools.partial(run_group, group, rates, budget)
-    for seed in seeds[:num_thresholds]:
-        jobs["threshold", seed] = functools.partial(
-            find_threshold, seed, budget, **options
+    sets = {"compared": (COMPARED, seeds), "survey": (survey, seeds[:num_survey])}
+    jobs = {
+        (name, some[k]): functools.partial(
+            run_group, some[k : k + GROUP], rates, budget
         )
+        for name, (rates, some) in sets.items()
+        for k in range(0, len(some), GROUP)
+    }
+    jobs |= {
+        ("threshold", seed): functools.partial(find_threshold, seed, budget, **options)
+        for seed in seeds[:num_thresholds]
+    }
     found = harness.sweep(jobs, args.parts)
 
     def parts_of(name: str) -> list[Any]:
         return [part for key, part in found.items() if key[0] == name]
 
-    results = {
-        **by_rate(parts_of("compared"), COMPARED),
-        **by_rate(parts_of("survey"), survey),
-    }
+    results: dict[float, Any] = {}
+    for name, (rates, _) in sets.items():
+        results |= by_rate(parts_of(name), rates)
     thresholds = [part["threshold"] for part in parts_of("threshold")]
     steps = f"{budget.pretrain_steps} + {budget.finetune_steps}"
     at_above = [results[ABOVE][k]["test"] for k in ("pre-trained", "low", "SWA20")]
     harness.report(
         args,
         "large_rate_regimes",
-        "Tick task, by rate of pre-training: accuracies in %, means over n seeds; "
-        "differences ± s.e. (n, won:lost); best single feature → after "
-        f"{LOW:g}; barrier (train, test, in points) and angle from {LOW:g} to "
-        f"{HIGH:g}; threshold {min(thresholds):.2g} to {max(thresholds):.2g} "
-        f"(n={len(thresholds)})",
-        table(results),
+        "Tick task, by rate of pre-training: accuracies in %; threshold "
+        f"{min(thresholds):.2g} to {max(thresholds):.2g} (n={len(thresholds)})",
+        [
+            {"rate": f"{rate:g}"}
+            | {"train": harness.mean_and_std(at["pre-trained"]["train"])}
+            | {name: harness.mean_and_std(at[k]["test"]) for k, name in STAGES.items()}
+            for rate, at in sorted(results.items())
+        ],
         {
             "seeds": list(seeds),
             "rates": {

@@ -25,7 +25,6 @@ at a minimum: SGD leaves only those that are too sharp for its rate.
 
 import functools
 import itertools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,12 +73,12 @@ def make_problem(seed: int) -> Problem:
     return Problem(*(array.astype(np.float32) for array in arrays))
 
 
-def to_alpha(w: Any) -> jax.Array:
+def to_alpha(w) -> jax.Array:
     """What the model multiplies its inputs with."""
     return jnp.linalg.norm(w) ** GAMMA * w
 
 
-def to_w(alpha: Any) -> jax.Array:
+def to_w(alpha) -> jax.Array:
     return alpha / jnp.linalg.norm(alpha) ** (GAMMA / (GAMMA + 1))
 
 
@@ -124,17 +123,15 @@ def draw_examples(num_seeds: int, num_steps: int) -> Examples:
 
 
 @jax.jit
-def train(
-    problems: Problem, examples: Examples, rates: Any, noise: Any, num_steps: Any
-) -> jax.Array:
+def train(problems, examples, rates, noise, num_steps) -> jax.Array:
     """(seeds, dim) alphas at the end; one program for all arms, so rates are padded."""
     tx = osc.scale_by_learning_rate(lambda count: rates[count])
 
-    def loss_fn(w: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    def loss_fn(w, x, y) -> jax.Array:
         return 0.5 * (to_alpha(w) @ x - y) ** 2
 
-    def run(problem: Problem, examples: Examples) -> jax.Array:
-        def step(count: Any, state: Any) -> Any:
+    def run(problem, examples) -> jax.Array:
+        def step(count, state) -> Any:
             w, opt_state = state
             chosen = examples.chosen[count]
             y = problem.labels[chosen] + noise * examples.noise[count]
@@ -148,11 +145,11 @@ def train(
     return jax.vmap(run)(problems, examples)
 
 
-def measure(problems: Problem, alphas: Any) -> dict[str, np.ndarray]:
+def measure(problems, alphas) -> dict[str, np.ndarray]:
     """(seeds,) each; NaN where the run diverged."""
     alphas = np.asarray(alphas, np.float64)
 
-    def distance(others: Any) -> np.ndarray:
+    def distance(others) -> np.ndarray:
         return np.linalg.norm(alphas - others, axis=1)
 
     return {
@@ -194,13 +191,7 @@ def verdicts(test_losses: Mapping[int, float]) -> dict[str, bool]:
     }
 
 
-def draw(
-    found: Mapping[Arm, Mapping[str, Any]],
-    late: Mapping[int, Arm],
-    travel: Mapping[float, Sequence[Arm]],
-    shortest: Mapping[str, Any],
-    path: pathlib.Path,
-) -> None:
+def draw(found, late, travel, shortest, path) -> None:
     with harness.figure(path, [["left", "right"]], (9, 4)) as (_, axes):
         left, right = axes.values()
         for k, (name, values) in enumerate(shortest.items()):
@@ -277,20 +268,15 @@ def main() -> None:
             "arm": name,
             "sum of rates": f"{arm.rates.sum():.3g}",
             "of squares": f"{np.sum(arm.rates**2):.3g}",
-            **{key: show(found[arm][key]) for key in shortest},
+            **{key: show(values) for key, values in found[arm].items()},
             "stable (%)": f"{100 * is_stable(found[arm]).mean():.0f}",
         }
         for name, arm in rows_of.items()
     ]
-    rows.append(
-        {"arm": "minimum-norm interpolator", "sum of rates": "", "of squares": ""}
-        | {key: show(values) for key, values in shortest.items()}
-        | {"stable (%)": ""}
-    )
-    medians = {
-        length: harness.quartiles(found[arm]["test loss"])[1]
-        for length, arm in late.items()
-    }
+    of_shortest = {key: show(values) for key, values in shortest.items()}
+    rows.append(dict.fromkeys(rows[0], "") | {"arm": "minimum norm"} | of_shortest)
+    median_of = {arm: harness.quartiles(found[arm]["test loss"])[1] for arm in arms}
+    medians = {length: median_of[arm] for length, arm in late.items()}
     held = verdicts(medians)
     harness.report(
         args,

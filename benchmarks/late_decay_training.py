@@ -30,7 +30,7 @@ Without CIFAR-10, a small MLP with batch norm learns scikit-learn's digits, in a
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import data
@@ -108,9 +108,6 @@ def digits(smoke: bool) -> Setup:
     return Setup(task, test, lengths, warmup_steps, chunk)
 
 
-# --- optimizers -----------------------------------------------------------------------
-
-
 def averages(setup: Setup) -> optax.GradientTransformation:
     """The last n steps of (n ** 2/3), and the last five snapshots."""
     every = setup.chunk
@@ -120,9 +117,7 @@ def averages(setup: Setup) -> optax.GradientTransformation:
     )
 
 
-def make_tx(
-    setup: Setup, schedule: str, num_steps: int, rate: Any
-) -> optax.GradientTransformation:
+def make_tx(setup: Setup, schedule: str, num_steps: int, rate) -> Any:
     """SGD with Nesterov momentum, whose rate is constant, a cosine, or one cycle."""
     if schedule == "one-cycle":
         one_cycle = osc.onecycle_sgd(rate, num_steps, weight_decay=WEIGHT_DECAY)
@@ -171,32 +166,18 @@ def cool_down(state: Any, num_steps: int) -> Any:
     return params, other, osc.start_cooldown(opt_state, num_steps)
 
 
-def advance(
-    setup: Setup,
-    training: tasks.Training,
-    state: Any,
-    rate: float,
-    seed: int,
-    begin: int,
-    end: int,
-) -> Any:
+def advance(setup, training, state, rate, seed: int, begin: int, end: int) -> Any:
     """From step to step; a step's batch is the seed's, whatever ran before."""
-    chunk, longest = setup.chunk, setup.lengths[-1]
-    assert (end - begin) % chunk == 0
-    order = tasks.batch_indices(setup.task, 2 * longest, seed)
-    for k in range(begin, end, chunk):
-        chosen, key = order[k : k + chunk], seed * 10**6 + k
+    assert (end - begin) % setup.chunk == 0
+    order = tasks.batch_indices(setup.task, 2 * setup.lengths[-1], seed)
+    for k in range(begin, end, setup.chunk):
+        chosen, key = order[k : k + setup.chunk], seed * 10**6 + k
         state, _ = training.run(state, np.float32(rate), chosen, key)
     return state
 
 
 def run_branches(
-    setup: Setup,
-    training: tasks.Training,
-    rate: float,
-    seed: int,
-    points: Mapping[str, Fork],
-    measure: Callable[[Any], Any],
+    setup, training, rate, seed, points: Mapping[str, Fork], measure
 ) -> dict[str, Any]:
     """What ``measure`` gives at the ends of cooldowns off one and the same run."""
     run = functools.partial(advance, setup, training)
@@ -207,29 +188,26 @@ def run_branches(
         if steps:
             branch = cool_down(state, steps)
             branch = run(branch, rate, seed, begin, begin + steps)
-        found[name] = measure(branch)
+        found[name] = measure(setup, branch)
     return found
 
 
-# --- weights --------------------------------------------------------------------------
-
-
-def recalibrated(model: nnx.Module, params: Any, batches: Sequence[Any]) -> Any:
+def recalibrated(model, params, batches) -> Any:
     """The network's other state, with batch statistics that belong to ``params``."""
     return osc.recalibrate_batch_stats(model, params, batches, num_passes=1)
 
 
-def score(setup: Setup, state: Any) -> np.ndarray:
+def score(setup: Setup, state) -> np.ndarray:
     """Accuracy in % and loss on the images that rates are chosen by."""
-    network = tasks.make_network(setup.task.make_model)
+    network = tasks.network_of(setup.task.make_model)
     return np.asarray(network.score(*state[:2], setup.task.held_out))
 
 
-def scores_of(setup: Setup, state: Any) -> dict[str, np.ndarray]:
+def scores_of(setup: Setup, state) -> dict[str, np.ndarray]:
     """The same on the images that are reported, of ``WEIGHTS``."""
-    network = tasks.make_network(setup.task.make_model)
+    network = tasks.network_of(setup.task.make_model)
     params, other, opt_state = state
-    model = nnx.merge(network.graph, params, other, copy=True)
+    model = network.model(params, other)
     images = setup.task.train[0][:2000]
     batches = [images[k : k + 500] for k in range(0, len(images), 500)]
     found = {}
@@ -252,9 +230,7 @@ def main_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return centre, directions[:2], scales[:2] ** 2 / np.sum(scales**2)
 
 
-def plane(
-    setup: Setup, training: tasks.Training, rate: float, seed: int
-) -> dict[str, Any]:
+def plane(setup: Setup, training, rate: float, seed: int) -> dict[str, Any]:
     """A run, and branches that drop its rate, in the plane of their two directions.
 
     Losses are on 2000 images of each kind, with the batch statistics of these images.
@@ -266,7 +242,7 @@ def plane(
     other = state[1]
     unravel = ravel_pytree(state[0])[1]
 
-    def follow(state: Any, begin: int, end: int) -> tuple[Any, np.ndarray]:
+    def follow(state, begin, end) -> tuple[Any, np.ndarray]:
         """Weights before, and after every second chunk."""
         points = [ravel_pytree(state[0])[0]]
         for k in range(begin, end, 2 * chunk):
@@ -282,10 +258,10 @@ def plane(
         state, points = follow(state, begin, end)
         path.append(points)
     centre, directions, shares = main_plane(np.concatenate([*path, *branches]))
-    path, *branches_in_plane = [
+    path, *in_plane = (
         (points - centre) @ directions.T for points in (np.concatenate(path), *branches)
-    ]
-    drawn = np.concatenate([path, *branches_in_plane])
+    )
+    drawn = np.concatenate([path, *in_plane])
     low, high = drawn.min(0), drawn.max(0)
     margin = 0.15 * (high - low)
     axes = np.linspace(low - margin, high + margin, 21).T  # (2, 21)
@@ -293,7 +269,7 @@ def plane(
     batches = [(x[:2000], y[:2000]) for x, y in (setup.task.train, setup.test)]
 
     @jax.jit
-    def losses_at(weights: jax.Array) -> jax.Array:
+    def losses_at(weights) -> jax.Array:
         params = unravel(weights)
         return jnp.stack([training.loss_fn(params, other, b) for b in batches])
 
@@ -304,7 +280,7 @@ def plane(
         "train": losses[:, 0].reshape(21, 21),
         "test": losses[:, 1].reshape(21, 21),
         "path": path,
-        "branches": branches_in_plane,
+        "branches": in_plane,
         "at": at,
         # Of the weights, off the plane: (branch, before and after, train and test).
         "losses": [[losses_at(branch[k]) for k in (0, -1)] for branch in branches],
@@ -317,30 +293,25 @@ Scores = dict[str, dict[str, np.ndarray]]  # "arm, length", weights: (seeds, 2)
 
 
 def table(
-    scores: Scores,
-    lengths: Sequence[int],
-    best: Mapping[Key, float],
-    rates: Sequence[float],
+    scores: Scores, lengths: Sequence[int], best: Mapping[Key, float], rates
 ) -> list[dict[str, Any]]:
     """A row per length and arm."""
     arms = list(dict.fromkeys(name.split(", ")[0] for name in scores))
     rows = []
     for length, arm in itertools.product(lengths, arms):
         weights, cosine = scores[f"{arm}, {length}"], scores[f"cosine, {length}"]
-        accuracy, loss = weights["last"].T
-        less = [
-            harness.paired(*pair)
-            for pair in zip(weights["last"].T, cosine["last"].T, strict=True)
-        ]
+        (accuracy, loss), cosines = weights["last"].T, cosine["last"].T
         rate = best.get((arm, length), best["constant", lengths[-1]])
+        less_accuracy = harness.paired(accuracy, cosines[0]).short()
+        less_loss = harness.paired(loss, cosines[1]).short(3)
         row = {
             "steps": length,
             "arm": arm,
             "peak rate": harness.show_rate(rate, rates),
             "accuracy (%)": harness.mean_and_std(accuracy),
-            "less cosine": "" if arm == "cosine" else less[0].short(),
+            "less cosine": less_accuracy * (arm != "cosine"),
             "loss": harness.mean_and_std(loss, digits=3).split(" (")[0],
-            "less cosine's": "" if arm == "cosine" else less[1].short(3),
+            "less cosine's": less_loss * (arm != "cosine"),
         }
         for name in WEIGHTS[1:]:
             row[name] = harness.paired(weights[name][:, 0], accuracy).short()
@@ -358,40 +329,32 @@ def costs(lengths: Sequence[int], num_tuning: int, num_seeds: int) -> list[int]:
     ]
 
 
-def draw_lengths(setup: Setup, scores: Scores, path: pathlib.Path) -> None:
+def draw_lengths(setup: Setup, scores: Scores, path) -> None:
     """Accuracy and loss over the steps of a run, mean and standard error."""
     arms = dict.fromkeys(name.split(", ")[0] for name in scores)
     lines = [(arm, "last") for arm in arms] + [("constant", k) for k in WEIGHTS[2:]]
     styles = {"cosine": "ks-", "one-cycle": "ks--"}
-    parts = {"test accuracy (%)": 0, "test loss": 1}
-    seeds = len(scores[f"constant, {setup.lengths[0]}"]["last"])
-    with harness.figure(path, [[*parts]], (11, 4.6)) as (figure, axes):
+    layout = [["test accuracy (%)", "test loss"]]
+    with harness.figure(path, layout, (11, 4.6)) as (figure, axes):
         for k, (arm, weights) in enumerate(lines):
             steps = np.array(setup.lengths) * 1.01 ** (k - len(lines) / 2)  # Apart.
             style = styles.get(arm, "o-" if weights == "last" else "o:")
             label = arm if weights == "last" else f"{arm}, {weights}"
-            for what, part in parts.items():
-                found = [
-                    harness.paired(scores[f"{arm}, {n}"][weights][:, part])
-                    for n in setup.lengths
+            for part, ax in enumerate(axes.values()):
+                samples = [
+                    scores[f"{arm}, {n}"][weights][:, part] for n in setup.lengths
                 ]
-                axes[what].errorbar(
-                    steps,
-                    [values.mean for values in found],
-                    [values.error for values in found],
-                    fmt=style,
-                    markersize=4,
-                    label=label,
-                )
+                harness.curve(ax, steps, samples, style, label)
         for what, ax in axes.items():
             ax.set(xscale="log", xlabel="steps of the run", ylabel=what)
             ax.set_xticks(setup.lengths, list(map(str, setup.lengths)))
             ax.minorticks_off()
         axes["test accuracy (%)"].legend()
+        seeds = len(scores[f"constant, {setup.lengths[-1]}"]["last"])
         figure.suptitle(f"{setup.task.name}: mean ± s.e. of {seeds} seeds")
 
 
-def draw_plane(setup: Setup, found: Mapping[str, Any], path: pathlib.Path) -> None:
+def draw_plane(setup: Setup, found: Mapping[str, Any], path) -> None:
     """The main path and its branches over both losses."""
     losses = np.array(found["losses"], float)
     shares = [f"{100 * share:.0f} % of the variance" for share in found["shares"]]
@@ -428,49 +391,25 @@ def main() -> None:
     keys = [(k, n) for n in lengths[::-1] for k in schedules]
     keys.insert(1, constant)
     trainings = {
-        key: tasks.make_training(setup.task, functools.partial(make_tx, setup, *key))
+        key: tasks.Training(setup.task, functools.partial(make_tx, setup, *key))
         for key in keys
     }
 
-    def job(
-        key: Key, rate: float, seed: int, percents: Sequence[int], measure: Any
-    ) -> Callable[[], dict[str, Any]]:
-        points, measure = (
-            forks(key, lengths, percents),
-            functools.partial(measure, setup),
-        )
-        run = setup, trainings[key], rate, seed, points, measure
-        return functools.partial(run_branches, *run)
+    def tuning_run(key: Key, rate: float, seed: int) -> Any:
+        points = forks(key, [key[1]], [TUNED])
+        return run_branches(setup, trainings[key], rate, seed, points, score).popitem()[
+            1
+        ]
 
-    tuned = harness.sweep(
-        {
-            (*key, rate, seed): job(key, rate, seed, [TUNED], score)
-            for rate in rates
-            for seed in tuning_seeds
-            for key in keys
-        },
-        args.parts,
-    )
-    grids = {
-        f"{key[0]}, {name.split(', ')[1]}": np.array(
-            [[tuned[*key, r, s][name] for s in tuning_seeds] for r in rates], float
-        )
-        for key in keys
-        for name in forks(key, lengths, [TUNED])
-    }
-    best = {
-        key: harness.best_rate(grids["{}, {}".format(*key)][..., 0], rates)
-        for key in keys
-    }
+    def run(key: Key, seed: int) -> dict[str, Any]:
+        points = forks(key, lengths, [0, *PERCENTS])
+        return run_branches(setup, trainings[key], best[key], seed, points, scores_of)
+
+    best, tuning = harness.tune(tuning_run, keys, rates, tuning_seeds, args.parts)
     of_plane = setup, trainings[constant], best[constant], seeds[0]
+    jobs = {(*key, s): functools.partial(run, key, s) for key in keys for s in seeds}
     measured = harness.sweep(
-        {"plane": functools.partial(plane, *of_plane)}
-        | {
-            (*key, seed): job(key, best[key], seed, [0, *PERCENTS], scores_of)
-            for key in keys
-            for seed in seeds
-        },
-        args.parts,
+        {"plane": functools.partial(plane, *of_plane), **jobs}, args.parts
     )
     scores: Scores = {
         name: {
@@ -499,7 +438,7 @@ def main() -> None:
         table(scores, lengths, best, rates),
         {
             "rates": rates,
-            "tuning": grids,
+            "tuning": {"{}, {}".format(*key): grid for key, grid in tuning.items()},
             "scores": scores,
             "plane": measured["plane"],
         },

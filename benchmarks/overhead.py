@@ -24,7 +24,6 @@ another shows how far from 1 noise alone takes a ratio.
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import harness
@@ -35,19 +34,14 @@ import optax
 
 import optax_superconv as osc
 
-Optimizers = Mapping[str, optax.GradientTransformation]
-
 BASE = "optax.adamw"
 TOTAL_STEPS, FREEZE_STEPS = 1000, 100
 PEAK = 1e-3
 multipliers_of = functools.partial(osc.layerwise_multipliers, decay=0.9)
 
 
-def make_params(blocks: int, width: int, only: Iterable[str] = ()) -> dict[str, Any]:
-    """Blocks of 12 leaves each, in the shapes of a small transformer, or some of them.
-
-    The values of a leaf do not depend on which others are there.
-    """
+def make_params(blocks, width) -> dict[str, dict[str, jax.Array]]:
+    """Blocks of 12 leaves each, in the shapes of a small transformer."""
     matrix, vector = (width, width), (width,)
     shapes = {
         **{f"attention_{k}": matrix for k in ("query", "key", "value", "out")},
@@ -59,42 +53,33 @@ def make_params(blocks: int, width: int, only: Iterable[str] = ()) -> dict[str, 
         "norm_bias": vector,
     }
     rng = np.random.default_rng(0)
-    params = {
+    return {
         f"block_{b}": {
             name: jnp.asarray(rng.normal(size=shape), jnp.float32)
             for name, shape in shapes.items()
         }
         for b in range(blocks)
     }
-    keep = [*only] or [*shapes]
-    return {block: {k: leaves[k] for k in keep} for block, leaves in params.items()}
 
 
-THREE = ("mlp_up", "mlp_down", "mlp_bias")  # Of 200 blocks these are 600 leaves.
+def mlps_of(params) -> dict[str, dict[str, jax.Array]]:
+    """Two matrices and a vector of each block, so that 200 of them have 600 leaves."""
+    names = ("mlp_up", "mlp_down", "mlp_bias")
+    return {block: {k: leaves[k] for k in names} for block, leaves in params.items()}
 
 
 # --- optimizers, all with the same decay of the same leaves ---------------------------
 
 
-def matrices_only(params: Any) -> Any:
+def matrices_only(params) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def adamw(rate: Any = PEAK) -> optax.GradientTransformation:
+def adamw(rate=PEAK) -> Any:
     return optax.adamw(rate, b2=0.99, weight_decay=1e-2, mask=matrices_only)
 
 
-def injected_adamw(peak: float = PEAK) -> optax.GradientTransformation:
-    return optax.inject_hyperparams(optax.adamw, static_args=("mask",))(
-        osc.onecycle_schedule(peak, TOTAL_STEPS),
-        b1=osc.onecycle_momentum_schedule(TOTAL_STEPS),
-        b2=0.99,
-        weight_decay=1e-2,
-        mask=matrices_only,
-    )
-
-
-def grouped_adamw(labels: Any) -> optax.GradientTransformation:
+def grouped_adamw(labels) -> Any:
     """``optax.adamw`` in its parts, with a factor per group."""
     return optax.chain(
         optax.scale_by_adam(b2=0.99),
@@ -104,31 +89,35 @@ def grouped_adamw(labels: Any) -> optax.GradientTransformation:
     )
 
 
-def partitioned(make_tx: Callable[[float], Any], labels: Any) -> Any:
-    """An optimizer per group."""
-    multipliers = multipliers_of(labels)
-    return optax.partition(
-        {k: make_tx(PEAK * m) for k, m in multipliers.items()}, labels
-    )
+def partitioned_adamw(labels) -> Any:
+    """An ``optax.adamw`` per group."""
+    each = {k: adamw(PEAK * m) for k, m in multipliers_of(labels).items()}
+    return optax.partition(each, labels)
 
 
-def dials() -> Optimizers:
+def dials() -> dict[str, Any]:
     late_decay = functools.partial(osc.late_decay_adamw, PEAK, None)
+    ema, lawa = osc.ema_params(0.999), osc.lawa_params(3, every=10)
+    injected = optax.inject_hyperparams(optax.adamw, static_args=("mask",))
     return {
         BASE: adamw(),
         "optax.adamw again": adamw(),
-        "inject_hyperparams(optax.adamw)": injected_adamw(),
+        "inject_hyperparams(optax.adamw)": injected(
+            osc.onecycle_schedule(PEAK, TOTAL_STEPS),
+            b1=osc.onecycle_momentum_schedule(TOTAL_STEPS),
+            b2=0.99,
+            weight_decay=1e-2,
+            mask=matrices_only,
+        ),
         "onecycle_adamw": osc.onecycle_adamw(PEAK, TOTAL_STEPS),
         "late_decay_adamw": late_decay(),
-        "late_decay_adamw with EMA": late_decay(average=osc.ema_params(0.999)),
-        "late_decay_adamw with LAWA of 3": late_decay(
-            average=osc.lawa_params(3, every=10)
-        ),
+        "late_decay_adamw with EMA": late_decay(average=ema),
+        "late_decay_adamw with LAWA of 3": late_decay(average=lawa),
     }
 
 
-def groups() -> Optimizers:
-    labels = osc.label_by_depth()
+def groups(labels) -> dict[str, Any]:
+    one_cycle = osc.onecycle_adamw(PEAK, TOTAL_STEPS)
     return {
         BASE: adamw(),
         "optax.adamw again": adamw(),
@@ -137,8 +126,7 @@ def groups() -> Optimizers:
             PEAK, TOTAL_STEPS, labels, decay=0.9, freeze_steps=FREEZE_STEPS
         ),
         "onecycle_adamw with scale_by_group": optax.chain(
-            osc.onecycle_adamw(PEAK, TOTAL_STEPS),
-            osc.scale_by_group(multipliers_of, labels),
+            one_cycle, osc.scale_by_group(multipliers_of, labels)
         ),
     }
 
@@ -146,14 +134,12 @@ def groups() -> Optimizers:
 # --- what is timed --------------------------------------------------------------------
 
 
-def update_arm(
-    tx: optax.GradientTransformation, params: Any, steps: int
-) -> Callable[[], Any]:
+def update_arm(tx, params, steps) -> Any:
     """Runs ``steps`` jitted updates on from where it stopped, all buffers donated."""
     grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(carry: Any, grads: Any) -> Any:
+    def update(carry, grads) -> Any:
         params, state = carry
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -169,70 +155,23 @@ def update_arm(
     return run
 
 
-def compile_arm(tx: optax.GradientTransformation, params: Any) -> Callable[[], Any]:
+def compile_arm(tx, params) -> Any:
     """Traces and compiles one update afresh."""
 
-    def run() -> Any:
+    def run() -> None:
         state = jax.eval_shape(tx.init, params)
         jax.clear_caches()
         jax.jit(tx.update).lower(params, state, params).compile()
-        return ()
 
     return run
 
 
-def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+def state_bytes(tx, params) -> int:
     state = jax.eval_shape(tx.init, params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-class Budget(NamedTuple):
-    steps: int  # in a round
-    rounds: int
-    compiles: int
-
-
-def measure(optimizers: Optimizers, params: Any, budget: Budget) -> dict[str, Any]:
-    """Of each arm, all timed together: seconds, and ratios to the first arm."""
-    steps, rounds, compiles = budget
-    arms = {name: update_arm(tx, params, steps) for name, tx in optimizers.items()}
-    seconds = harness.interleave(arms, rounds)
-    compile_arms = {name: compile_arm(tx, params) for name, tx in optimizers.items()}
-    compile_seconds = harness.interleave(compile_arms, compiles)
-    base = next(iter(optimizers))
-    step_ratios = harness.ratios(seconds, base)
-    compile_ratios = harness.ratios(compile_seconds, base)
-    base_bytes = state_bytes(optimizers[base], params)
-    return {
-        name: {
-            "step": statistics.median(seconds[name]) / steps,
-            "compile": statistics.median(compile_seconds[name]),
-            "step ratios": step_ratios[name],
-            "compile ratios": compile_ratios[name],
-            "extra bytes": state_bytes(tx, params) - base_bytes,
-            "seconds": seconds[name],
-            "compile seconds": compile_seconds[name],
-        }
-        for name, tx in optimizers.items()
-    }
-
-
-def table(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per arm."""
-    return [
-        {
-            "arm": name,
-            "step (ms)": f"{arm['step'] * 1e3:.2f}",
-            "step ratio": harness.median_and_quartiles(arm["step ratios"]),
-            "compile (s)": f"{arm['compile']:.2f}",
-            "compile ratio": harness.median_and_quartiles(arm["compile ratios"]),
-            "state": f"{arm['extra bytes']:+d} bytes",
-        }
-        for name, arm in found.items()
-    ]
-
-
-def range_test_arms(num_steps: int) -> dict[str, Callable[[], Any]]:
+def range_test_arms(num_steps) -> dict[str, Any]:
     """A range test, and the same steps on the same ladder run bare."""
     rng = np.random.default_rng(0)
     sizes = (784, 512, 10)
@@ -246,17 +185,17 @@ def range_test_arms(num_steps: int) -> dict[str, Callable[[], Any]]:
     )
     low, high = 1e-6, 1e-2  # No divergence: every step is run.
 
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
+    def loss_fn(params, batch) -> jax.Array:
         inputs, labels = batch
         logits = jax.nn.relu(inputs @ params[0]) @ params[1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
-    def step_fn(params: Any, learning_rate: Any, batch: Any) -> Any:
+    def step_fn(params, learning_rate, batch) -> Any:
         loss, grads = jax.value_and_grad(loss_fn)(params, batch)
         return jax.tree.map(lambda p, g: p - learning_rate * g, params, grads), loss
 
-    def bare() -> Any:
+    def bare() -> list[jax.Array]:
         state, losses = params, []
         rates = np.geomspace(low, high, num_steps, dtype=np.float32)
         for rate in jax.device_put(list(rates)):
@@ -264,106 +203,90 @@ def range_test_arms(num_steps: int) -> dict[str, Callable[[], Any]]:
             losses.append(loss)
         return losses
 
-    def tested() -> Any:
+    def tested() -> None:
         options: Any = {"min_value": low, "max_value": high, "num_steps": num_steps}
         result = osc.range_test(step_fn, params, [batch], **options)
         assert len(result.losses) == num_steps
-        return ()
 
     return {"bare": bare, "bare again": bare, "range_test": tested}
+
+
+class Budget(NamedTuple):
+    steps: int  # in a round
+    rounds: int
+    compiles: int
+
+
+def measure(optimizers, params, budget) -> dict[str, dict[str, Any]]:
+    """Of each arm, all timed together: seconds, and ratios to the first arm."""
+    base, *_ = optimizers
+    arms = {k: update_arm(tx, params, budget.steps) for k, tx in optimizers.items()}
+    step = harness.interleave(arms, budget.rounds)
+    arms = {k: compile_arm(tx, params) for k, tx in optimizers.items()}
+    compilation = harness.interleave(arms, budget.compiles)
+    return {
+        name: {
+            "step": statistics.median(step[name]) / budget.steps,
+            "compile": statistics.median(compilation[name]),
+            "step ratios": np.divide(step[name], step[base]),
+            "compile ratios": np.divide(compilation[name], compilation[base]),
+            "extra bytes": state_bytes(tx, params)
+            - state_bytes(optimizers[base], params),
+            "seconds": step[name],
+            "compile seconds": compilation[name],
+        }
+        for name, tx in optimizers.items()
+    }
 
 
 # --- what comes out -------------------------------------------------------------------
 
 
-def report_arms(
-    args: Any,
-    name: str,
-    title: str,
-    found: Mapping[str, Any],
-    budget: Budget,
-    question: str,
-    told: Iterable[str],
-    bytes_of: str,
-) -> None:
-    """``told`` are the arms that the claim names."""
-    named = [arm for arm in told if arm in found]
+def report_arms(args, name, title, found, budget, question, told, base=BASE) -> None:
+    """``told``: the arms that the claim names, over the base. The first one's cost."""
+    told = [arm for arm in told if arm in found]
+    over = 1.0 if base == BASE else found[base]["step ratios"]
+    ratios = [found[arm]["step ratios"] / over for arm in told]
+    rows = [
+        {
+            "arm": arm,
+            "step (ms)": f"{of['step'] * 1e3:.2f}",
+            "step ratio": harness.median_and_quartiles(of["step ratios"]),
+            "compile (s)": f"{of['compile']:.2f}",
+            "compile ratio": harness.median_and_quartiles(of["compile ratios"]),
+            "state": f"{of['extra bytes']:+d} bytes",
+        }
+        for arm, of in found.items()
+    ]
     harness.report(
         args,
         name,
-        title,
-        table(found),
+        f"{title}, {budget.rounds} rounds of {budget.steps} steps",
+        rows,
         {"arms": found},
         question,
-        ", ".join(named) + f" / {BASE}",
+        ", ".join(told) + f" / {base}",
         f"{budget.steps} x {budget.rounds}",
-        harness.mean_and_std(*[found[a]["step ratios"] for a in named]) + " of a step",
-        f"{found[bytes_of]['extra bytes']:+d} bytes of state",
+        harness.mean_and_std(*ratios) + " of a step",
+        f"{found[told[0]]['extra bytes']:+d} bytes of state",
     )
 
 
-def report_growth(args: Any, width: int, counts: Iterable[int], budget: Budget) -> None:
-    """Over the number of groups that the same leaves are cut into."""
-    params = make_params(max(counts), width, THREE)
-    depths = osc.label_by_depth()(params)
-    deepest = 1 + max(jax.tree.leaves(depths))
-    labels = {
-        str(n): jax.tree.map(lambda depth, n=n: depth * n // deepest, depths)
-        for n in counts
-    }
-    few = Budget(max(1, budget.steps // 5), max(1, budget.rounds // 10), 1)
-    grouped = {count: grouped_adamw(tree) for count, tree in labels.items()}
-    per_group = {count: partitioned(adamw, tree) for count, tree in labels.items()}
-    ours = measure({BASE: adamw(), "again": adamw()} | grouped, params, budget)
-    theirs = measure({BASE: adamw()} | per_group, params, few)
-
-    def column(arms: Mapping[str, Any], name: str, key: str) -> str:
-        return harness.median_and_quartiles(arms[name][key]) if name in arms else ""
-
-    rows = [
-        {
-            "groups": name if name.isdecimal() else f"optax.adamw {name}",
-            "scale_by_group: step": column(ours, name, "step ratios"),
-            "trace + compile": column(ours, name, "compile ratios"),
-            "state": f"{ours[name]['extra bytes']:+d} bytes",
-            "partition: step": column(theirs, name, "step ratios"),
-            "trace + compile ": column(theirs, name, "compile ratios"),
-        }
-        for name in list(ours)[1:]
-    ]
-    fewest, *_, most = [*labels] * 2
-    growth = np.divide(ours[most]["seconds"], ours[fewest]["seconds"])
-    harness.report(
-        args,
-        "groups_growth",
-        f"Growth with the groups: {len(jax.tree.leaves(params))} leaves, ratios to "
-        f"optax.adamw ({ours[BASE]['step'] * 1e3:.2f} ms, {ours[BASE]['compile']:.2f} "
-        f"s); {most} groups take {np.median(growth):.2f} times a step of {fewest}",
-        rows,
-        {"scale_by_group": ours, "partition": theirs},
-        f"Does the cost grow from {fewest} to {most} groups?",
-        f"scale_by_group with {most} groups / with {fewest}",
-        f"{budget.steps} x {budget.rounds}",
-        harness.mean_and_std(growth) + " of a step",
-        f"{ours[most]['extra bytes']:+d} bytes of state",
-    )
-
-
-def report_range_test(args: Any, num_steps: int, rounds: int) -> None:
+def report_range_test(args, num_steps, rounds) -> None:
     seconds = harness.interleave(range_test_arms(num_steps), rounds)
-    ratios = harness.ratios(seconds, "bare")
-    times = {name: f"{statistics.median(seconds[name]) * 1e3:.1f}" for name in seconds}
+    ratios = {arm: np.divide(seconds[arm], seconds["bare"]) for arm in seconds}
+    times = {arm: f"{statistics.median(seconds[arm]) * 1e3:.1f}" for arm in seconds}
     harness.report(
         args,
         "overhead_range_test",
         f"Range test against the same {num_steps} steps run bare, {rounds} rounds",
         [
             {
-                "arm": name,
-                f"{num_steps} steps (ms)": times[name],
-                "ratio": harness.median_and_quartiles(ratios[name]),
+                "arm": arm,
+                f"{num_steps} steps (ms)": times[arm],
+                "ratio": harness.median_and_quartiles(ratios[arm]),
             }
-            for name in seconds
+            for arm in seconds
         ],
         {"ratios": ratios, "seconds": seconds},
         "Does a range test wait for the device?",
@@ -377,58 +300,69 @@ def report_range_test(args: Any, num_steps: int, rounds: int) -> None:
 def main() -> None:
     args = harness.parse_args(__doc__)
     blocks, width, counts, num_steps = 48, 64, (1, 8, 48, 200), 100
-    budget, few, half = Budget(10, 100, 5), Budget(10, 10, 3), Budget(10, 50, 3)
+    budget, slow = Budget(10, 100, 5), Budget(10, 10, 3)
+    of_growth, slow_growth = Budget(10, 50, 3), Budget(2, 5, 1)
     params = make_params(blocks, width)
+    of_dials, of_groups = dials(), groups(osc.label_by_depth())
     if args.smoke:
         blocks, width, counts, num_steps = 1, 8, (1,), 5
-        budget = few = half = Budget(2, 2, 1)
-        params = make_params(blocks, width, THREE)
-    labels = osc.label_by_depth()(params)
-    per_group = {BASE: adamw, "inject_hyperparams(optax.adamw)": injected_adamw}
-    partitions = {
-        f"partition({k})": partitioned(v, labels) for k, v in per_group.items()
-    }
-    first, second = dials(), groups()
-    if args.smoke:  # Less to compile.
-        first, second = ({k: arms[k] for k in [*arms][::3]} for arms in (first, second))
-        del partitions["partition(inject_hyperparams(optax.adamw))"]
+        budget = slow = of_growth = slow_growth = Budget(2, 2, 1)
+        params = mlps_of(make_params(blocks, width))
+        # Less to compile.
+        of_dials = {arm: of_dials[arm] for arm in [*of_dials][::3]}
+        of_groups = {arm: of_groups[arm] for arm in [*of_groups][::3]}
+    leaves = f"{len(jax.tree.leaves(params))} leaves of width {width}"
 
-    tree = f"{len(jax.tree.leaves(params))} leaves of width {width}"
-    rounds = f"{budget.rounds} rounds of {budget.steps} steps"
     report_arms(
         args,
         "overhead_step",
-        f"The dials against optax.adamw: {tree}, {rounds}",
-        measure(first, params, budget),
+        f"The dials against optax.adamw: {leaves}",
+        measure(of_dials, params, budget),
         budget,
         "Do the dials cost anything?",
-        (
+        [
             "onecycle_adamw",
             "late_decay_adamw",
             "late_decay_adamw with EMA",
             "inject_hyperparams(optax.adamw)",
-        ),
-        "onecycle_adamw",
+        ],
     )
-    found = measure(second, params, budget)
-    slow = measure({BASE: adamw()} | partitions, params, few)
-    del slow[BASE]
+
+    found = measure(of_groups, params, budget)
+    per_group = {
+        "partition(optax.adamw)": partitioned_adamw(osc.label_by_depth()(params))
+    }
+    theirs = measure({BASE: adamw()} | per_group, params, slow)
     report_arms(
         args,
         "groups_step",
-        f"{blocks} groups against optax.adamw: {tree}, {rounds} ({few.rounds} of "
-        "partition); limits: 1.10 for a step, 1.5 for trace + compile",
-        found | slow,
+        f"{blocks} groups against optax.adamw: {leaves}; limits: 1.10 for a step, 1.5 "
+        f"for trace + compile; {slow.rounds} rounds of partition",
+        theirs | found,
         budget,
         f"What do {blocks} groups cost?",
-        (
-            "optax.adamw with scale_by_group",
-            "fine_tune_adamw",
-            "partition(optax.adamw)",
-        ),
-        "fine_tune_adamw",
+        ["fine_tune_adamw", "optax.adamw with scale_by_group", *per_group],
     )
-    report_growth(args, width, counts, half)
+
+    params = mlps_of(make_params(max(counts), width))
+    depths = osc.label_by_depth()(params)
+    deepest = 1 + max(jax.tree.leaves(depths))
+    ours, theirs = {BASE: adamw(), "optax.adamw again": adamw()}, {BASE: adamw()}
+    for n in counts:
+        labels = jax.tree.map(lambda depth, n=n: depth * n // deepest, depths)
+        ours[f"scale_by_group, {n}"] = grouped_adamw(labels)
+        theirs[f"partition, {n}"] = partitioned_adamw(labels)
+    theirs = measure(theirs, params, slow_growth)
+    report_arms(
+        args,
+        "groups_growth",
+        f"Growth with the groups: {len(jax.tree.leaves(params))} leaves",
+        theirs | measure(ours, params, of_growth),
+        of_growth,
+        f"Does the cost grow from 1 to {counts[-1]} groups?",
+        [f"scale_by_group, {counts[-1]}"],
+        base="scale_by_group, 1",
+    )
     report_range_test(args, num_steps, max(2, budget.rounds // 2))
 
 

@@ -65,7 +65,7 @@ METHODS = ("knee", "valley", "steepest", "minimum", "divergence")
 def final_losses(task, optimizer, rates, seeds) -> tuple[np.ndarray, list[float]]:
     """(rates, seeds) held-out losses after one cycle, and (seeds) before it."""
     make_tx = functools.partial(CYCLES[optimizer], total_steps=task.num_steps)
-    training = tasks.make_training(task, make_tx)
+    training = tasks.Training(task, make_tx)
     starts = [training.start(seed) for seed in seeds]
     untrained = [float(training.held_out_loss(start)) for start in starts]
 
@@ -82,7 +82,7 @@ def final_losses(task, optimizer, rates, seeds) -> tuple[np.ndarray, list[float]
 
 def probes(task, optimizer, n, seeds) -> list[dict[str, Any]]:
     """What each seed's probes of ``n`` steps give, all from its fresh start."""
-    training = tasks.make_training(task, CONSTANT[optimizer])
+    training = tasks.Training(task, CONSTANT[optimizer])
 
     def run(seed) -> dict[str, Any]:
         state = training.start(seed)

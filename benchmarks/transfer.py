@@ -27,7 +27,7 @@ a minute; there, training from scratch does better.
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import data
@@ -93,9 +93,7 @@ FACTORS: dict[str, tuple[str, tuple[Any, Any]]] = {
 }
 
 
-def make_tx(
-    arm: Arm, groups: Callable[[Any], Any], num_groups: int, num_steps: int, rate: Any
-) -> optax.GradientTransformation:
+def make_tx(arm: Arm, groups, num_groups, num_steps, rate) -> Any:
     if arm.recipe:
         return osc.fine_tune_adamw(
             rate, num_steps, groups, decay=arm.decay, freeze_steps=num_steps // 5
@@ -105,7 +103,7 @@ def make_tx(
         learning_rate = osc.onecycle_schedule(rate, num_steps)
         b1 = osc.onecycle_momentum_schedule(num_steps)
 
-    def adamw_from(step: int) -> optax.GradientTransformation:
+    def adamw_from(step) -> optax.GradientTransformation:
         """A group counts from its thaw; its momentum follows the run."""
         run = b1
         momentum = (lambda count: run(count + step)) if callable(run) else run
@@ -116,19 +114,18 @@ def make_tx(
             ),
         )
 
-    head = num_groups - 1
+    head, optimizer = num_groups - 1, adamw_from(0)
     if arm.unfreezing == "gradual":
         thaws = {k: (head - k) * (num_steps // 10) for k in range(num_groups)}
         optimizer = osc.gradual_unfreezing(adamw_from, thaws, groups)
     elif arm.unfreezing == "never":
         never: dict[int, int | None] = dict.fromkeys(range(head))
-        optimizer = osc.gradual_unfreezing(adamw_from(0), never | {head: 0}, groups)
-    else:
-        optimizer = adamw_from(0)
-    rates = functools.partial(osc.layerwise_multipliers, decay=arm.decay)
+        optimizer = osc.gradual_unfreezing(optimizer, never | {head: 0}, groups)
     return optax.chain(
         optimizer,
-        osc.scale_by_group(rates, groups),
+        osc.scale_by_group(
+            functools.partial(osc.layerwise_multipliers, decay=arm.decay), groups
+        ),
         osc.scale_by_learning_rate(learning_rate),
     )
 
@@ -214,15 +211,14 @@ def draw(setup: Setup, seed: int) -> Episode:
     first, then = np.zeros((2, 10), np.int32)
     first[old], then[new] = np.arange(len(old)), np.arange(len(new))
     smallest = np.bincount(test).min()
-
-    def tests(classes: np.ndarray) -> np.ndarray:
-        of_class = [np.flatnonzero(test == k)[:smallest] for k in classes]
-        return np.concatenate(of_class)
-
+    tests = [
+        np.concatenate([np.flatnonzero(test == k)[:smallest] for k in classes])
+        for classes in (old, new)
+    ]
     return Episode(
         np.flatnonzero(np.isin(train, old)),
         np.stack([examples[:per_class] for examples in to_label], axis=1),
-        (tests(old), tests(new)),
+        (tests[0], tests[1]),
         (first, then),
     )
 
@@ -244,18 +240,13 @@ def make_task(setup: Setup, num_classes: int) -> tasks.Task:
     )
 
 
-def score(
-    setup: Setup, task: tasks.Task, state: Any, chosen: Any, targets: Any
-) -> np.ndarray:
+def score(setup: Setup, training, state, chosen, targets) -> np.ndarray:
     """Accuracy in % and loss on the test images that are chosen."""
     images, labels = (array[chosen] for array in setup.test)
-    network = tasks.make_network(task.make_model)
-    return np.asarray(network.score(*state[:2], (images, targets[labels])))
+    return np.asarray(training.network.score(*state[:2], (images, targets[labels])))
 
 
-def learn_first(
-    setup: Setup, task: tasks.Task, training: tasks.Training, seed: int
-) -> dict[str, Any]:
+def learn_first(setup: Setup, training: tasks.Training, seed: int) -> dict[str, Any]:
     """Arrays of the network, and how well it does on the classes that it has seen."""
     episode = draw(setup, seed)
     num_steps, batch_size, rate = setup.first
@@ -264,29 +255,22 @@ def learn_first(
     examples = images, episode.targets[0][labels]
     state = training.start(seed)
     state, _ = training.run(state, rate, episode.old[order], seed, examples)
-    accuracy, _ = score(setup, task, state, episode.tests[0], episode.targets[0])
+    accuracy, _ = score(setup, training, state, episode.tests[0], episode.targets[0])
     return {"accuracy": accuracy, "arrays": jax.tree.leaves(state[:2])}
 
 
-def restore(task: tasks.Task, arrays: list[Any]) -> Any:
+def restore(training: tasks.Training, arrays: list[Any]) -> Any:
     """Parameters and the network's other state, from what ``learn_first`` keeps."""
-    start = tasks.make_network(task.make_model).start
-    treedef = jax.tree.structure(jax.eval_shape(start, 0))
+    treedef = jax.tree.structure(jax.eval_shape(training.network.start, 0))
     return jax.tree.unflatten(treedef, [np.float32(array) for array in arrays])
 
 
 def fine_tune(
-    setup: Setup,
-    task: tasks.Task,
-    training: tasks.Training,
-    pretrained: Any,
-    rate: float,
-    count: int,
-    seed: int,
+    setup: Setup, training: tasks.Training, pretrained, rate, count: int, seed: int
 ) -> np.ndarray:
     """Accuracy in % and loss on test images of the new classes."""
     episode = draw(setup, seed)
-    params, other = tasks.make_network(task.make_model).start(10_000 + seed)
+    params, other = training.network.start(10_000 + seed)
     if pretrained is not None:
         trained, other = pretrained
         params = jax.tree.map(
@@ -302,49 +286,28 @@ def fine_tune(
     examples = images, episode.targets[1][labels]
     state = training.begin(params, other)
     state, _ = training.run(state, np.float32(rate), order, seed, examples)
-    return score(setup, task, state, episode.tests[1], episode.targets[1])
-
-
-def tune_and_run(
-    run: Callable[[float, int], Any],
-    rates: Sequence[float],
-    tuning_seeds: Sequence[int],
-    seeds: Sequence[int],
-) -> dict[str, Any]:
-    """The best rate for the tuning seeds, and what the others get at it."""
-    tuning = np.array([[run(rate, seed) for seed in tuning_seeds] for rate in rates])
-    best = harness.best_rate(tuning[..., 0], rates)
-    results = np.array([run(best, seed) for seed in seeds])
-    return {
-        "rates": list(rates),
-        "tuning accuracy": tuning[..., 0],
-        "tuning loss": tuning[..., 1],
-        "rate": best,
-        "accuracy": results[:, 0],
-        "loss": results[:, 1],
-    }
+    return score(setup, training, state, episode.tests[1], episode.targets[1])
 
 
 # --- what comes out -------------------------------------------------------------------
 
 
-def effect(accuracies: dict[Arm, np.ndarray], factor: str) -> np.ndarray:
+def effect(accuracies: Mapping[Arm, Any], factor: str) -> np.ndarray:
     """Accuracy with an addition less that without, by seed: mean over the others."""
-    field, levels = FACTORS[factor]
-    others = [pair for name, pair in FACTORS.items() if name != factor]
-    differences = []
-    for values in itertools.product(*[levels for _, levels in others]):
-        arm = Arm(**{name: v for (name, _), v in zip(others, values, strict=True)})
-        without, with_it = (
-            accuracies[arm._replace(**{field: level})] for level in levels
-        )
-        differences.append(with_it - without)
-    return np.mean(differences, axis=0)
+    fields, levels = zip(*FACTORS.values(), strict=True)
+    arms = [
+        Arm(**dict(zip(fields, values, strict=True)))
+        for values in itertools.product(*levels)
+    ]
+    field, values = FACTORS[factor]
+    without, with_it = (
+        np.mean([accuracies[a] for a in arms if getattr(a, field) == value], axis=0)
+        for value in values
+    )
+    return with_it - without
 
 
-def table(
-    records: dict[tuple[int, str], dict[str, Any]], rates: Sequence[float]
-) -> list[dict[str, Any]]:
+def table(records: Mapping[tuple[int, str], Any], rates) -> list[dict[str, Any]]:
     """A row per number of images and arm."""
     before = dict(zip([*LADDER][1:], LADDER, strict=False))
     rows = []
@@ -384,36 +347,45 @@ def main() -> None:
 
     task = make_task(setup, 10 - setup.num_new)
     one_cycle = functools.partial(osc.onecycle_adamw, total_steps=setup.first[0])
-    training = tasks.make_training(task, one_cycle)
-    learn = functools.partial(learn_first, setup, task, training)
+    first = tasks.Training(task, one_cycle)
+    learn = functools.partial(learn_first, setup, first)
     jobs = {("first", seed): functools.partial(learn, seed) for seed in every_seed}
-    learned = dict(
-        zip(every_seed, harness.sweep(jobs, args.parts).values(), strict=True)
-    )
-    pretrained = {seed: restore(task, r["arrays"]) for seed, r in learned.items()}
+    learned = {k[1]: found for k, found in harness.sweep(jobs, args.parts).items()}
+    pretrained = {seed: restore(first, r["arrays"]) for seed, r in learned.items()}
 
     task = make_task(setup, setup.num_new)
     groups = setup.groups, setup.num_groups, setup.then[0]
     trainings = {
-        arm: tasks.make_training(task, functools.partial(make_tx, arm, *groups))
-        for arm in arms.values()
+        name: tasks.Training(task, functools.partial(make_tx, arm, *groups))
+        for name, arm in arms.items()
     }
 
-    def tune_and_run_arm(count: int, arm: Arm) -> dict[str, Any]:
-        def run(rate: float, seed: int) -> np.ndarray:
-            start = pretrained[seed] if arm.pretrained else None
-            return fine_tune(setup, task, trainings[arm], start, rate, count, seed)
+    def run(member: tuple[int, str], rate: float, seed: int) -> np.ndarray:
+        count, name = member
+        start = pretrained[seed] if arms[name].pretrained else None
+        return fine_tune(setup, trainings[name], start, rate, count, seed)
 
-        return tune_and_run(run, rates, tuning_seeds, seeds)
-
-    records = harness.sweep(
+    members = list(itertools.product(setup.counts, arms))
+    best, tuning = harness.tune(run, members, rates, tuning_seeds, args.parts)
+    found = harness.sweep(
         {
-            (count, name): functools.partial(tune_and_run_arm, count, arm)
-            for count in setup.counts
-            for name, arm in arms.items()
+            (*m, s): functools.partial(run, m, best[m], s)
+            for m in members
+            for s in seeds
         },
         args.parts,
     )
+    records = {
+        member: {
+            "rates": rates,
+            "tuning accuracy": tuning[member][..., 0],
+            "tuning loss": tuning[member][..., 1],
+            "rate": best[member],
+            "accuracy": np.array([found[*member, seed][0] for seed in seeds]),
+            "loss": np.array([found[*member, seed][1] for seed in seeds]),
+        }
+        for member in members
+    }
 
     def by_count(samples: Callable[[int], Any]) -> str:
         of_count = [
@@ -446,14 +418,13 @@ def main() -> None:
     if args.smoke:
         return
 
-    def effects_of(count: int) -> list[np.ndarray]:
-        accuracies = {
-            arm: np.array(records[count, name]["accuracy"])
-            for name, arm in arms.items()
-        }
-        return [effect(accuracies, factor) for factor in FACTORS]
-
-    effects = {count: effects_of(count) for count in setup.counts}
+    effects = {
+        count: [
+            effect({a: records[count, k]["accuracy"] for k, a in arms.items()}, factor)
+            for factor in FACTORS
+        ]
+        for count in setup.counts
+    }
     harness.report(
         args,
         "transfer_effects",
