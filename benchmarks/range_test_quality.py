@@ -17,8 +17,9 @@ its ladder, smoothing and trimming. The probes' steps are not deducted from the 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
 import jax
@@ -31,10 +32,7 @@ import optax_superconv as osc
 
 NUM_SEEDS = 5
 MOMENTUM, B2 = 0.9, 0.99
-CYCLES: dict[str, Callable[..., Any]] = {
-    "sgd": osc.onecycle_sgd,
-    "adamw": osc.onecycle_adamw,
-}
+CYCLES: Any = {"sgd": osc.onecycle_sgd, "adamw": osc.onecycle_adamw}
 CONSTANT = {
     "sgd": lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True),
     "adamw": lambda rate: optax.adamw(rate, MOMENTUM, B2, weight_decay=1e-2),
@@ -55,8 +53,6 @@ REPORTING = {
     "least-squares": tasks.least_squares,
     "cancer-linear": tasks.cancer_linear,
 }
-
-
 METHODS = ("knee", "valley", "steepest", "minimum", "divergence")
 
 # --- what is run ----------------------------------------------------------------------
@@ -148,8 +144,9 @@ def fastai_curve(curve, num_steps=100) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(curve["learning_rates"])[part], losses[part]
 
 
-def fastai_valley(rates: np.ndarray, losses: np.ndarray) -> float:
+def fastai_valley(curve) -> float:
     """Half-way along the longest run of falling losses, gaps allowed."""
+    rates, losses = fastai_curve(curve)
     longest = np.ones(len(losses), int)
     for i in range(1, len(losses)):
         lower = longest[:i][losses[i] < losses[:i]]
@@ -160,8 +157,9 @@ def fastai_valley(rates: np.ndarray, losses: np.ndarray) -> float:
     return rates[start + int(third) + int(third / 2)]
 
 
-def fastai_slide(rates: np.ndarray, losses: np.ndarray) -> float:
+def fastai_slide(curve) -> float:
     """Leftwards from the end, to where the slope changes by less than 0.005."""
+    rates, losses = fastai_curve(curve)
     slopes, right, found = np.gradient(losses), -1, rates[-16]
     while right - 15 >= -len(losses) and (
         abs(slopes[right] - slopes[right - 15]) > 0.005
@@ -171,11 +169,13 @@ def fastai_slide(rates: np.ndarray, losses: np.ndarray) -> float:
     return found
 
 
-def fastai_minimum(rates: np.ndarray, losses: np.ndarray) -> float:
+def fastai_minimum(curve) -> float:
+    rates, losses = fastai_curve(curve)
     return rates[losses.argmin()] / 10
 
 
-def fastai_steep(rates: np.ndarray, losses: np.ndarray) -> float:
+def fastai_steep(curve) -> float:
+    rates, losses = fastai_curve(curve)
     return rates[np.argmin(np.diff(losses) / np.diff(np.log(rates)))]
 
 
@@ -200,73 +200,51 @@ def suggested(*curves, **options) -> float:
     return osc.suggest_learning_rate([*map(as_result, curves)], **options)
 
 
-class Rule(NamedTuple):
-    """``read`` takes a probe's record; ``cost`` says how many steps that took."""
+CURVE_RULES: dict[str, Callable[..., float]] = {
+    "fastai.valley": fastai_valley,
+    "fastai.slide": fastai_slide,
+    "fastai.minimum": fastai_minimum,
+    "fastai.steep": fastai_steep,
+    "steepest by index": steepest,
+    "steepest by rate": functools.partial(steepest, by_rate=True),
+    **{method: functools.partial(suggested, method=method) for method in METHODS},
+    "default": suggested,
+}
 
-    read: Callable[[dict[str, Any]], float]
-    cost: Callable[[dict[str, Any]], int]
 
+def readings(probe) -> dict[str, tuple[float, int]]:
+    """By each rule: the rate that it reads off a probe, and what that took in steps."""
 
-def curve_rules() -> dict[str, Callable[[dict[str, Any]], float]]:
-    """Those that read one curve, which is fast.ai's own for its rules."""
-    of_fastai = (fastai_valley, fastai_slide, fastai_minimum, fastai_steep)
-    return {
-        **{
-            rule.__name__.replace("_", ".", 1): lambda curve, rule=rule: rule(
-                *fastai_curve(curve)
-            )
-            for rule in of_fastai
-        },
-        "steepest by index": steepest,
-        "steepest by rate": functools.partial(steepest, by_rate=True),
-        **{method: functools.partial(suggested, method=method) for method in METHODS},
-        "default": suggested,
+    def read(rule, *curves) -> float:
+        try:
+            return float(rule(*curves))
+        except (ValueError, IndexError):
+            return np.nan
+
+    curve, limit = probe["curves"][0], probe["threshold"]
+    n = len(curve["losses"])
+    found = {
+        name: (read(rule, probe["fastai"] if "fastai" in name else curve), n)
+        for name, rule in CURVE_RULES.items()
     }
-
-
-def make_rules() -> dict[str, Rule]:
-    def steps(probe) -> int:
-        return len(probe["curves"][0]["losses"])
-
-    def of_curve(name, read) -> Rule:
-        if name.startswith("fastai"):
-            return Rule(lambda probe: read(probe["fastai"]), steps)
-        return Rule(lambda probe: read(probe["curves"][0]), steps)
-
-    def of_threshold(factor) -> Rule:
-        return Rule(
-            lambda probe: factor * (probe["threshold"]["rate"] or np.nan),
-            lambda probe: probe["threshold"]["steps"],
-        )
-
-    return {
-        **{name: of_curve(name, read) for name, read in curve_rules().items()},
-        "default, median of 3": Rule(
-            lambda probe: suggested(*probe["curves"]), lambda probe: 3 * steps(probe)
-        ),
-        **{f"threshold x {k}": of_threshold(k) for k in (0.5, 1, 1.5, 2, 3)},
-        "curvature limit": Rule(lambda probe: probe["curvature"], lambda probe: 40),
-    }
+    found["default, median of 3"] = read(suggested, *probe["curves"]), 3 * n
+    for factor in (0.5, 1, 1.5, 2, 3):
+        rate = factor * (limit["rate"] or np.nan)
+        found[f"threshold x {factor}"] = rate, limit["steps"]
+    return found | {"curvature limit": (probe["curvature"] or np.nan, 40)}
 
 
 # --- what comes out -------------------------------------------------------------------
 
 
-def regrets(record, rule) -> tuple[list[float], list[float]]:
-    """Of each seed's probe: the rate that it suggests, and what that costs."""
+def regret(record, rate) -> float:
+    """The loss at a rate over that at the best of the grid."""
     means = np.mean(record["losses"], axis=1)
-    log_rates, log_losses = np.log(record["rates"]), np.log(means / means.min())
-    untrained = np.log(np.mean(record["untrained"]) / means.min())
-    picked, regret = [], []
-    for found in record["probes"]:
-        try:
-            rate = float(rule.read(found))
-        except (ValueError, IndexError):
-            rate = np.nan
-        picked.append(rate)
-        at_rate = np.interp(np.log(rate), log_rates, log_losses)
-        regret.append(float(np.exp(at_rate if np.isfinite(rate) else untrained)))
-    return picked, regret
+    if not np.isfinite(rate):
+        return float(np.mean(record["untrained"]) / means.min())
+    log_losses = np.log(means / means.min())
+    at_rate = np.interp(np.log(rate), np.log(record["rates"]), log_losses)
+    return float(np.exp(at_rate))
 
 
 def summary(values: Sequence[float]) -> str:
@@ -297,12 +275,13 @@ def synthetic_spread(noise, rule, families, draws) -> float:
         curve = {"losses": losses, "smoothed_losses": averages, "diverged": False}
         return rule({"learning_rates": rates} | curve)
 
-    spreads = []
-    for family in range(families):
-        found = [suggestion((family, seed)) for seed in range(draws)]
-        low, high = np.percentile(found, [5, 95])
-        spreads.append(high / low)
-    return float(max(spreads))
+    found = [[suggestion((k, seed)) for seed in range(draws)] for k in range(families)]
+    low, high = np.percentile(found, [5, 95], axis=1)
+    return float(np.max(high / low))
+
+
+def by_name(found) -> dict[str, Any]:
+    return {" ".join(key): values for key, values in found.items()}
 
 
 def compute(make_task, optimizer, rates, n, seeds) -> dict[str, Any]:
@@ -336,38 +315,31 @@ def main() -> None:
     # One after the other, as each has threads of its own.
     records = harness.sweep(jobs, args.parts, workers=1)
 
-    rules = make_rules()
-    all_probes = [p for record in records.values() for p in record["probes"]]
-    lengths = [record["steps"] for record in records.values()]
-    picked, regret, rows = {}, {}, []
-    for rule_name, rule in rules.items():
-        both = {key: regrets(record, rule) for key, record in records.items()}
-        picked[rule_name] = {" ".join(key): pair[0] for key, pair in both.items()}
-        regret[rule_name] = {" ".join(key): pair[1] for key, pair in both.items()}
+    read = {key: [*map(readings, r["probes"])] for key, r in records.items()}
+    rules = [*next(iter(read.values()))[0]]
+    picked, regrets, rows, told = {}, {}, [], []
+    for rule in rules:
+        rates = {key: [found[rule][0] for found in read[key]] for key in records}
+        losses = {key: [regret(records[key], r) for r in rates[key]] for key in records}
+        steps = [found[rule][1] for probes in read.values() for found in probes]
         row = {
-            "rule": rule_name,
-            "steps": f"{np.mean([rule.cost(p) for p in all_probes]):.0f}",
-            "spread": f"{np.nanmedian([spread(p) for p, _ in both.values()]):.1f}",
-            "none": sum(not np.isfinite(r) for p, _ in both.values() for r in p),
+            "rule": rule,
+            "steps": f"{np.mean(steps):.0f}",
+            "spread": f"{np.nanmedian([*map(spread, rates.values())]):.1f}",
+            "none": sum(not np.isfinite(rate) for v in rates.values() for rate in v),
         }
-        for optimizer in GRIDS:
-            for half, where in (("chose", True), ("report", False)):
-                row[f"{optimizer}: {half}"] = summary(
-                    [
-                        float(np.mean(pair[1]))
-                        for (name, o), pair in both.items()
-                        if o == optimizer and (name in CHOOSING) == where
-                    ]
-                )
+        for optimizer, half in itertools.product(GRIDS, ("chose", "report")):
+            values = [
+                float(np.mean(losses[name, key]))
+                for name, key in records
+                if key == optimizer and (name in CHOOSING) == (half == "chose")
+            ]
+            row[f"{optimizer}: {half}"] = summary(values)
+            if rule == "default" and half == "report":
+                told.append(f"{optimizer} {harness.mean_and_std(values)}")
         rows.append(row)
-    of_default = {
-        optimizer: [
-            float(np.mean(values))
-            for key, values in regret["default"].items()
-            if key.endswith(optimizer) and key.split()[0] not in CHOOSING
-        ]
-        for optimizer in GRIDS
-    }
+        picked[rule], regrets[rule] = by_name(rates), by_name(losses)
+    lengths = [record["steps"] for record in records.values()]
     harness.report(
         args,
         "range_test_quality",
@@ -376,24 +348,23 @@ def main() -> None:
         rows,
         {
             "tasks": {
-                " ".join(key): {k: v for k, v in record.items() if k != "probes"}
-                for key, record in records.items()
+                name: {k: v for k, v in record.items() if k != "probes"}
+                for name, record in by_name(records).items()
             },
             "picked": picked,
-            "regret": regret,
+            "regret": regrets,
         },
         "Which reading of a range test is a good peak for one cycle?",
         f"{len(rules)} rules, {len(records)} tasks x optimizers",
         f"{n} a test, {min(lengths)} to {max(lengths)} a run",
-        "regret of the default on the tasks that report it: "
-        + ", ".join(f"{k} {harness.mean_and_std(v)}" for k, v in of_default.items()),
+        "regret of the default on the tasks that report it: " + ", ".join(told),
         f"{n} steps",
     )
 
     names = (*METHODS[:-1], "default", "fastai.valley", "fastai.slide")
     spreads = {
         name: {
-            noise: synthetic_spread(noise, curve_rules()[name], *curves_each)
+            noise: synthetic_spread(noise, CURVE_RULES[name], *curves_each)
             for noise in (0.02, 0.05, 0.1, 0.2)
         }
         for name in names
