@@ -30,7 +30,6 @@ check: lint types test-all
 # takes minutes, `bench-quality` hours: make bench-quality DATA=path/to/cifar10
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
-	$(BIN)/python benchmarks/groups.py --out benchmarks/results
 	$(BIN)/python benchmarks/late_decay_minimum_norm.py --out benchmarks/results
 	$(BIN)/python benchmarks/large_rate_regimes.py --out benchmarks/results
 	$(BIN)/python benchmarks/harness.py

@@ -218,11 +218,6 @@ def interleave(
     return seconds
 
 
-def ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, np.ndarray]:
-    """Of each arm over the base arm, in each round."""
-    return {name: np.divide(arm, seconds[base]) for name, arm in seconds.items()}
-
-
 # --- statistics -----------------------------------------------------------------------
 
 
