@@ -10,7 +10,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import datetime
-import functools
 import hashlib
 import itertools
 import json
@@ -84,28 +83,30 @@ def in_threads(
 
 
 def sweep(
-    jobs: Mapping[Any, Callable[[], Any]],
+    run: Callable[..., Any],
+    members: Iterable[tuple[Any, ...]],
     parts: pathlib.Path,
     *,
     workers: int | None = None,
 ) -> dict[Any, Any]:
-    """What each job gives, by its name: a string, or a tuple of what sets it apart.
+    """What ``run(*member)`` gives, by member.
 
     What is done is kept in ``parts`` (see ``resumable``); a bar shows what remains.
     """
+    members = list(members)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True)) as bar:
-        task = bar.add_task("", total=len(jobs))
+        task = bar.add_task("", total=len(members))
 
-        def run(key: Any) -> Any:
-            name = key if isinstance(key, str) else ", ".join(map(str, key))
-            bar.update(task, description=name)
-            path = parts / f"{name.replace(', ', '-').replace(' ', '_')}.json"
-            value = resumable(path, jobs[key])
+        def run_one(member: tuple[Any, ...]) -> Any:
+            words = [*map(str, jax.tree.leaves(member))]
+            bar.update(task, description=", ".join(words))
+            path = parts / f"{'-'.join(words).replace(' ', '_')}.json"
+            value = resumable(path, lambda: run(*member))
             bar.advance(task)
             return value
 
-        return dict(zip(jobs, in_threads(run, jobs, workers), strict=True))
+        return dict(zip(members, in_threads(run_one, members, workers), strict=True))
 
 
 def tune(
@@ -117,16 +118,14 @@ def tune(
 ) -> tuple[dict[Any, float], dict[Any, np.ndarray]]:
     """The rate of each arm with the highest mean over the seeds: the rule for all.
 
-    ``run`` takes arm, rate and seed, and gives an accuracy and what else is kept; the
-    second result is (rates, seeds, ...) of each arm.
+    ``run(arm, rate, seed)`` gives an accuracy and what else is kept; the second result
+    is (rates, seeds, ...) of each arm.
     """
-    jobs = {
-        (*arm, rate, seed): functools.partial(run, arm, rate, seed)
-        for rate, seed, arm in itertools.product(rates, seeds, arms)
-    }
-    done = sweep(jobs, parts)
+    # Neighbours, which run together, are of different arms.
+    members = [(arm, *pair) for *pair, arm in itertools.product(rates, seeds, arms)]
+    done = sweep(run, members, parts / "tuning")
     grids = {
-        arm: np.array([[done[*arm, r, s] for s in seeds] for r in rates], float)
+        arm: np.array([[done[arm, r, s] for s in seeds] for r in rates], float)
         for arm in arms
     }
     best = {arm: int(grid[..., 0].mean(1).argmax()) for arm, grid in grids.items()}

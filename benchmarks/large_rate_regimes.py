@@ -254,7 +254,7 @@ def compare(first, second, problems) -> dict[str, jax.Array]:
     return jax.vmap(jax.vmap(run, in_axes=(0, 0, None)))(first, second, problems)
 
 
-def run_group(seeds, rates, budget: Budget) -> dict[str, Any]:
+def run_group(budget: Budget, rates, seeds) -> dict[str, Any]:
     """What each seed (axis 0) and rate (axis 1) of pre-training comes to."""
     each = [make_problem(seed, budget) for seed in seeds]
     problems = jax.tree.map(lambda *arrays: np.stack(arrays), *each)
@@ -295,7 +295,7 @@ def epoch(params, rate, orders, examples, head) -> tuple[Any, jax.Array]:
     return params, losses.mean()
 
 
-def find_threshold(seed: int, budget: Budget, **options) -> dict[str, Any]:
+def find_threshold(budget: Budget, seed: int, **options) -> dict[str, Any]:
     problem = jax.device_put(make_problem(seed, budget))
     per_epoch = budget.num_train // BATCH_SIZE
     num_epochs = budget.pretrain_steps // per_epoch
@@ -453,27 +453,21 @@ def main() -> None:
         budget = Budget(64, 50, 20, 64, 8, spacing=1)
         seeds, survey, num_survey, num_thresholds = seeds[:2], (), 0, 1
         options |= {"bounds": (1e-3, 1.0), "num_rates": 3, "target_loss": 0.1}
-    sets = {"compared": (COMPARED, seeds), "survey": (survey, seeds[:num_survey])}
-    jobs = {
-        (name, some[k]): functools.partial(
-            run_group, some[k : k + GROUP], rates, budget
-        )
-        for name, (rates, some) in sets.items()
-        for k in range(0, len(some), GROUP)
-    }
-    jobs |= {
-        ("threshold", seed): functools.partial(find_threshold, seed, budget, **options)
-        for seed in seeds[:num_thresholds]
-    }
-    found = harness.sweep(jobs, args.parts)
-
-    def parts_of(name: str) -> list[Any]:
-        return [part for key, part in found.items() if key[0] == name]
-
     results: dict[float, Any] = {}
-    for name, (rates, _) in sets.items():
-        results |= by_rate(parts_of(name), rates)
-    thresholds = [part["threshold"] for part in parts_of("threshold")]
+    for rates, some in ((COMPARED, seeds), (survey, seeds[:num_survey])):
+        groups = [tuple(some[k : k + GROUP]) for k in range(0, len(some), GROUP)]
+        done = harness.sweep(
+            functools.partial(run_group, budget),
+            [(rates, group) for group in groups],
+            args.parts / "runs",
+        )
+        results |= by_rate([*done.values()], rates)
+    searched = harness.sweep(
+        functools.partial(find_threshold, budget, **options),
+        [(seed,) for seed in seeds[:num_thresholds]],
+        args.parts / "thresholds",
+    )
+    thresholds = [found["threshold"] for found in searched.values()]
     steps = f"{budget.pretrain_steps} + {budget.finetune_steps}"
     at_above = [results[ABOVE][k]["test"] for k in ("pre-trained", "low", "SWA20")]
     harness.report(
@@ -493,7 +487,7 @@ def main() -> None:
                 f"{rate:g}": jax.tree.map(lambda array: array.round(3), at)
                 for rate, at in sorted(results.items())
             },
-            "thresholds": parts_of("threshold"),
+            "thresholds": [*searched.values()],
         },
         "What becomes of training above the convergence threshold?",
         f"{ABOVE:g}, then {LOW:g}, averaged / {DIRECT:g} throughout",

@@ -259,8 +259,8 @@ def main() -> None:
         alphas = train(problems, examples, rates, arm.noise, arm.num_steps)
         return measure(problems, alphas)
 
-    jobs = {arm: functools.partial(run, arm) for arm in arms}
-    found = harness.sweep(jobs, args.parts)
+    done = harness.sweep(run, [(arm,) for arm in arms], args.parts)
+    found = {arm: kept for (arm,), kept in done.items()}
 
     show = functools.partial(harness.median_and_quartiles, digits=3)
     rows = [

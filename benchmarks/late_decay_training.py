@@ -37,7 +37,6 @@ import data
 import harness
 import jax
 import jax.numpy as jnp
-import networks
 import numpy as np
 import optax
 import tasks
@@ -46,7 +45,7 @@ from jax.flatten_util import ravel_pytree
 
 import optax_superconv as osc
 
-NUM_SEEDS, NUM_TUNING_SEEDS = 5, 2
+SEEDS, TUNING_SEEDS = range(100, 105), range(1000, 1002)
 RATES = [0.05, 0.1, 0.2, 0.4, 0.8]
 PERCENTS = (5, 10, 20, 50)
 TUNED = 20  # Of these, the cooldown that the constant rate is chosen by.
@@ -73,18 +72,9 @@ class Setup(NamedTuple):
 
 
 def cifar10(path: pathlib.Path) -> Setup:
-    images, test = data.load_cifar10(path, num_train=20_000, side=16)
-    name = "JPEG CIFAR-10" if path.suffix == ".npz" else "CIFAR-10"
-    task = tasks.Task(
-        f"{name} 16x16, ResNet-9",
-        lambda rngs: networks.ResNet9(4, rngs=rngs),
-        tasks.cross_entropy,
-        (images[0][:10_000], images[1][:10_000]),
-        (images[0][10_000:], images[1][10_000:]),
-        64,
-        2400,
-        data.flip_and_shift,
-    )
+    task = tasks.cifar10_resnet(path, 20_000, None)
+    train, held_out = zip(*(np.split(array, 2) for array in task.train), strict=True)
+    test, task = task.held_out, task._replace(train=train, held_out=held_out)
     return Setup(task, test, (600, 1200, 2400), 90, 30)
 
 
@@ -379,8 +369,7 @@ def draw_plane(setup: Setup, found: Mapping[str, Any], path) -> None:
 
 def main() -> None:
     args = harness.parse_args(__doc__, takes_data=True)
-    rates, seeds = RATES, range(100, 100 + NUM_SEEDS)
-    tuning_seeds = range(1000, 1000 + NUM_TUNING_SEEDS)
+    rates, seeds, tuning_seeds = RATES, SEEDS, TUNING_SEEDS
     if args.smoke:
         rates, seeds, tuning_seeds = rates[1:3], seeds[:2], tuning_seeds[:1]
     setup = digits(args.smoke) if args.data is None else cifar10(args.data)
@@ -395,25 +384,26 @@ def main() -> None:
         for key in keys
     }
 
-    def tuning_run(key: Key, rate: float, seed: int) -> Any:
+    def tuning_run(key: Key, rate: float, seed: int) -> np.ndarray:
         points = forks(key, [key[1]], [TUNED])
-        return run_branches(setup, trainings[key], rate, seed, points, score).popitem()[
-            1
-        ]
+        (found,) = run_branches(
+            setup, trainings[key], rate, seed, points, score
+        ).values()
+        return found
 
     def run(key: Key, seed: int) -> dict[str, Any]:
         points = forks(key, lengths, [0, *PERCENTS])
         return run_branches(setup, trainings[key], best[key], seed, points, scores_of)
 
     best, tuning = harness.tune(tuning_run, keys, rates, tuning_seeds, args.parts)
-    of_plane = setup, trainings[constant], best[constant], seeds[0]
-    jobs = {(*key, s): functools.partial(run, key, s) for key in keys for s in seeds}
-    measured = harness.sweep(
-        {"plane": functools.partial(plane, *of_plane), **jobs}, args.parts
+    measured = harness.sweep(run, itertools.product(keys, seeds), args.parts / "runs")
+    in_plane = harness.resumable(
+        args.parts / "plane.json",
+        lambda: plane(setup, trainings[constant], best[constant], seeds[0]),
     )
     scores: Scores = {
         name: {
-            weights: np.array([measured[*key, s][name][weights] for s in seeds], float)
+            weights: np.array([measured[key, s][name][weights] for s in seeds], float)
             for weights in WEIGHTS
         }
         for key in sorted(keys, key=lambda key: key[0] == "constant")
@@ -440,7 +430,7 @@ def main() -> None:
             "rates": rates,
             "tuning": {"{}, {}".format(*key): grid for key, grid in tuning.items()},
             "scores": scores,
-            "plane": measured["plane"],
+            "plane": in_plane,
         },
         "Does one run with cooldowns replace a cosine per length?",
         f"{TUNED} % cooldown less cosine",
@@ -449,7 +439,7 @@ def main() -> None:
         f"{together / separate:.2f} of the steps, with tuning",
     )
     draw_lengths(setup, scores, args.out / "late_decay_training.png")
-    draw_plane(setup, measured["plane"], args.out / "late_decay_plane.png")
+    draw_plane(setup, in_plane, args.out / "late_decay_plane.png")
 
 
 if __name__ == "__main__":

@@ -284,18 +284,6 @@ def by_name(found) -> dict[str, Any]:
     return {" ".join(key): values for key, values in found.items()}
 
 
-def compute(make_task, optimizer, rates, n, seeds) -> dict[str, Any]:
-    task = make_task()
-    losses, untrained = final_losses(task, optimizer, rates, seeds)
-    return {
-        "rates": rates,
-        "losses": losses,
-        "untrained": untrained,
-        "steps": task.num_steps,
-        "probes": probes(task, optimizer, n, seeds),
-    }
-
-
 def main() -> None:
     args = harness.parse_args(__doc__, takes_data=True)
     makers, every, n, seeds = CHOOSING | REPORTING, 1, 100, range(NUM_SEEDS)
@@ -305,15 +293,22 @@ def main() -> None:
     if args.smoke:
         makers = {"cancer-linear": tasks.cancer_linear}
         every, n, seeds, curves_each = 8, 60, range(1), (1, 20)
-    jobs = {
-        (name, optimizer): functools.partial(
-            compute, make_task, optimizer, grid[::every], n, seeds
-        )
-        for name, make_task in makers.items()
-        for optimizer, grid in GRIDS.items()
-    }
+
+    def compute(name: str, optimizer: str) -> dict[str, Any]:
+        task, rates = makers[name](), GRIDS[optimizer][::every]
+        losses, untrained = final_losses(task, optimizer, rates, seeds)
+        return {
+            "rates": rates,
+            "losses": losses,
+            "untrained": untrained,
+            "steps": task.num_steps,
+            "probes": probes(task, optimizer, n, seeds),
+        }
+
     # One after the other, as each has threads of its own.
-    records = harness.sweep(jobs, args.parts, workers=1)
+    records = harness.sweep(
+        compute, itertools.product(makers, GRIDS), args.parts, workers=1
+    )
 
     read = {key: [*map(readings, r["probes"])] for key, r in records.items()}
     rules = [*next(iter(read.values()))[0]]

@@ -132,14 +132,15 @@ def least_squares() -> Task:
     )
 
 
-def cifar10_resnet(path: pathlib.Path) -> Task:
-    parts = data.load_cifar10(path, num_train=10_000, num_test=2_000, side=16)
+def cifar10_resnet(
+    path: pathlib.Path, num_train: int | None = 10_000, num_test: int | None = 2_000
+) -> Task:
+    name = "JPEG CIFAR-10" if path.suffix == ".npz" else "CIFAR-10"
     return Task(
-        "CIFAR-10 16x16, ResNet-9",
+        f"{name} 16x16, ResNet-9",
         lambda rngs: networks.ResNet9(4, rngs=rngs),
         cross_entropy,
-        parts[0],
-        parts[1],
+        *data.load_cifar10(path, num_train=num_train, num_test=num_test, side=16),
         64,
         500,
         data.flip_and_shift,

@@ -30,7 +30,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import data
 import harness
 import jax
 import networks
@@ -41,7 +40,8 @@ from flax import nnx
 
 import optax_superconv as osc
 
-NUM_SEEDS, NUM_TUNING_SEEDS = 20, 6
+# The number of images was chosen on seeds 0 to 9.
+SEEDS, TUNING_SEEDS = range(100, 120), range(1000, 1006)
 RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 B1, B2, WEIGHT_DECAY = 0.9, 0.99, 1e-2
 
@@ -136,17 +136,14 @@ def make_tx(arm: Arm, groups, num_groups, num_steps, rate) -> Any:
 class Setup(NamedTuple):
     """What is learned first, and then, and from how much."""
 
-    name: str
+    task: tasks.Task  # with images to test as those held out
     make_model: Callable[[int, nnx.Rngs], nnx.Module]  # of the number of classes
     groups: Callable[[Any], Any]  # from parameters to labels 0, 1, ..., num_groups - 1
-    num_groups: int
-    train: data.Batch
-    test: data.Batch
-    augment: Callable[[jax.Array, data.Batch], data.Batch] | None
     num_new: int  # classes to fine-tune on; those to learn first are the others
     counts: Sequence[int]  # labelled images to fine-tune on
     first: tuple[int, int, float]  # steps, batch size and peak rate of the first run
     then: tuple[int, int]  # steps and batch size of fine-tuning
+    num_groups: int = 5
 
 
 # Lists of modules number on their own, so the groups go by name, in forward order.
@@ -160,15 +157,10 @@ RESNET9 = [
 
 
 def cifar10(path: pathlib.Path) -> Setup:
-    parts = data.load_cifar10(path, side=16)
-    name = "JPEG CIFAR-10" if path.suffix == ".npz" else "CIFAR-10"
     return Setup(
-        f"{name} 16x16, ResNet-9",
+        tasks.cifar10_resnet(path, None, None),
         lambda num_classes, rngs: networks.ResNet9(4, num_classes, rngs=rngs),
         osc.label_by_path(RESNET9),
-        5,
-        *parts,
-        data.flip_and_shift,
         num_new=2,
         counts=(20, 100),
         first=(2000, 64, 1e-2),
@@ -177,19 +169,22 @@ def cifar10(path: pathlib.Path) -> Setup:
 
 
 def digits(smoke: bool) -> Setup:
-    images, labels = data.load_digits()
     return Setup(
-        "digits, MLP",
+        tasks.digits_mlp(),
         lambda num_classes, rngs: networks.MLP(64, *[64] * 4, num_classes, rngs=rngs),
         osc.label_by_depth(),
-        5,
-        *data.split(images, labels.astype(np.int32), 1000),
-        None,
         num_new=5,
         counts=(25,) if smoke else (25, 100),
         first=(20, 16, 1e-2) if smoke else (500, 64, 1e-2),
         then=(20, 16) if smoke else (150, 16),
     )
+
+
+def trainings_of(setup: Setup, num_classes: int, *make_txs) -> list[tasks.Training]:
+    """Of the same network by several optimizers."""
+    model = functools.partial(setup.make_model, num_classes)
+    task = setup.task._replace(make_model=model)
+    return [tasks.Training(task, make_tx) for make_tx in make_txs]
 
 
 class Episode(NamedTuple):
@@ -203,7 +198,7 @@ class Episode(NamedTuple):
 
 def draw(setup: Setup, seed: int) -> Episode:
     rng = np.random.default_rng(seed)
-    train, test = (np.asarray(part[1]) for part in (setup.train, setup.test))
+    train, test = (np.asarray(part[1]) for part in setup.task[3:5])
     classes = rng.permutation(10)
     new, old = np.split(classes, [setup.num_new])
     to_label = [rng.permutation(np.flatnonzero(train == k)) for k in new]
@@ -226,23 +221,9 @@ def draw(setup: Setup, seed: int) -> Episode:
 # --- training -------------------------------------------------------------------------
 
 
-def make_task(setup: Setup, num_classes: int) -> tasks.Task:
-    """Each seed has labels, batches and tests of its own."""
-    return tasks.Task(
-        setup.name,
-        functools.partial(setup.make_model, num_classes),
-        tasks.cross_entropy,
-        setup.train,
-        setup.test,
-        batch_size=setup.then[1],
-        num_steps=setup.then[0],
-        augment=setup.augment,
-    )
-
-
 def score(setup: Setup, training, state, chosen, targets) -> np.ndarray:
     """Accuracy in % and loss on the test images that are chosen."""
-    images, labels = (array[chosen] for array in setup.test)
+    images, labels = (array[chosen] for array in setup.task.held_out)
     return np.asarray(training.network.score(*state[:2], (images, targets[labels])))
 
 
@@ -251,7 +232,7 @@ def learn_first(setup: Setup, training: tasks.Training, seed: int) -> dict[str, 
     episode = draw(setup, seed)
     num_steps, batch_size, rate = setup.first
     order = tasks.shuffled(len(episode.old), batch_size, num_steps, seed)
-    images, labels = setup.train
+    images, labels = setup.task.train
     examples = images, episode.targets[0][labels]
     state = training.start(seed)
     state, _ = training.run(state, rate, episode.old[order], seed, examples)
@@ -282,7 +263,7 @@ def fine_tune(
     num_steps, batch_size = setup.then
     chosen = episode.new[: count // setup.num_new].ravel()
     order = chosen[tasks.shuffled(count, batch_size, num_steps, seed)]
-    images, labels = setup.train
+    images, labels = setup.task.train
     examples = images, episode.targets[1][labels]
     state = training.begin(params, other)
     state, _ = training.run(state, np.float32(rate), order, seed, examples)
@@ -336,29 +317,26 @@ def table(records: Mapping[tuple[int, str], Any], rates) -> list[dict[str, Any]]
 def main() -> None:
     args = harness.parse_args(__doc__, takes_data=True)
     arms, rates = LADDER | OTHERS, RATES
-    # The number of images was chosen on seeds 0 to 9.
-    seeds = range(100, 100 + NUM_SEEDS)
-    tuning_seeds = range(1000, 1000 + NUM_TUNING_SEEDS)
+    seeds, tuning_seeds = SEEDS, TUNING_SEEDS
     if args.smoke:
         arms = {name: LADDER[name] for name in ("full", "+ unfreezing")}
         rates, seeds, tuning_seeds = RATES[2:4], seeds[:2], tuning_seeds[:1]
     setup = digits(args.smoke) if args.data is None else cifar10(args.data)
     every_seed = [*tuning_seeds, *seeds]
 
-    task = make_task(setup, 10 - setup.num_new)
     one_cycle = functools.partial(osc.onecycle_adamw, total_steps=setup.first[0])
-    first = tasks.Training(task, one_cycle)
-    learn = functools.partial(learn_first, setup, first)
-    jobs = {("first", seed): functools.partial(learn, seed) for seed in every_seed}
-    learned = {k[1]: found for k, found in harness.sweep(jobs, args.parts).items()}
-    pretrained = {seed: restore(first, r["arrays"]) for seed, r in learned.items()}
+    (first,) = trainings_of(setup, 10 - setup.num_new, one_cycle)
+    learned = harness.sweep(
+        functools.partial(learn_first, setup, first),
+        [(seed,) for seed in every_seed],
+        args.parts / "first",
+    )
+    pretrained = {s: restore(first, found["arrays"]) for (s,), found in learned.items()}
 
-    task = make_task(setup, setup.num_new)
     groups = setup.groups, setup.num_groups, setup.then[0]
-    trainings = {
-        name: tasks.Training(task, functools.partial(make_tx, arm, *groups))
-        for name, arm in arms.items()
-    }
+    makers = [functools.partial(make_tx, arm, *groups) for arm in arms.values()]
+    of_arms = trainings_of(setup, setup.num_new, *makers)
+    trainings = dict(zip(arms, of_arms, strict=True))
 
     def run(member: tuple[int, str], rate: float, seed: int) -> np.ndarray:
         count, name = member
@@ -367,22 +345,16 @@ def main() -> None:
 
     members = list(itertools.product(setup.counts, arms))
     best, tuning = harness.tune(run, members, rates, tuning_seeds, args.parts)
-    found = harness.sweep(
-        {
-            (*m, s): functools.partial(run, m, best[m], s)
-            for m in members
-            for s in seeds
-        },
-        args.parts,
-    )
+    runs = ((member, best[member], s) for member in members for s in seeds)
+    done = harness.sweep(run, runs, args.parts / "runs")
     records = {
         member: {
             "rates": rates,
             "tuning accuracy": tuning[member][..., 0],
             "tuning loss": tuning[member][..., 1],
             "rate": best[member],
-            "accuracy": np.array([found[*member, seed][0] for seed in seeds]),
-            "loss": np.array([found[*member, seed][1] for seed in seeds]),
+            "accuracy": np.array([done[member, best[member], s][0] for s in seeds]),
+            "loss": np.array([done[member, best[member], s][1] for s in seeds]),
         }
         for member in members
     }
@@ -396,16 +368,16 @@ def main() -> None:
     ladder = [name for name in arms if name in LADDER]
     seen = harness.mean_and_std([r["accuracy"] for r in learned.values()])
     num_steps, batch_size = setup.then
-    labels = np.asarray(setup.train[1])
+    labels = np.asarray(setup.task.train[1])
     harness.report(
         args,
         "transfer",
-        f"{setup.name}: {setup.num_new} new classes in {num_steps} steps of "
+        f"{setup.task.name}: {setup.num_new} new classes in {num_steps} steps of "
         f"{batch_size}, after {10 - setup.num_new} others (of which {seen} % right); "
         "mean ± s.d.; differences ± s.e. (n, won:lost)",
         table(records, rates),
         {
-            "first": {seed: record["accuracy"] for seed, record in learned.items()},
+            "first": {seed: found["accuracy"] for (seed,), found in learned.items()},
             "classes": {s: np.unique(labels[draw(setup, s).new]) for s in every_seed},
             "arms": {f"{count}, {name}": r for (count, name), r in records.items()},
         },

@@ -90,26 +90,31 @@ def test_each_arm_is_timed_in_every_round():
 
 def test_a_sweep_runs_what_is_not_kept(tmp_path):
     calls = []
-    jobs = {("b", k): lambda k=k: calls.append(k) or k**2 for k in range(3)}
-    expected = {("b", k): k**2 for k in range(3)}
-    assert harness.sweep({("b", 1): jobs["b", 1]}, tmp_path) == {("b", 1): 1}
-    assert harness.sweep(jobs, tmp_path, workers=1) == expected
+
+    def square(name, k):
+        calls.append(k)
+        return k**2
+
+    assert harness.sweep(square, [("a b", 1)], tmp_path) == {("a b", 1): 1}
+    members = [("a b", k) for k in range(3)]
+    found = harness.sweep(square, members, tmp_path, workers=1)
+    assert found == {("a b", k): k**2 for k in range(3)}
     assert calls == [1, 0, 2]
 
 
 def test_each_arm_takes_the_rate_with_the_best_mean_over_seeds(tmp_path):
     accuracies = {
-        ("a",): {0.1: [50, 50], 0.2: [60, 30], 0.4: [49, 52]},
-        ("b",): {0.1: [50, 50], 0.2: [60, 41], 0.4: [49, 49]},
+        "a": {0.1: [50, 50], 0.2: [60, 30], 0.4: [49, 52]},
+        "b": {0.1: [50, 50], 0.2: [60, 41], 0.4: [49, 49]},
     }
 
     def run(arm, rate, seed):
         return accuracies[arm][rate][seed], -rate
 
     best, grids = harness.tune(run, accuracies, [0.1, 0.2, 0.4], range(2), tmp_path)
-    assert best == {("a",): 0.4, ("b",): 0.2}
-    np.testing.assert_array_equal(grids["a",][..., 0], [[50, 50], [60, 30], [49, 52]])
-    np.testing.assert_array_equal(grids["a",][1, :, 1], [-0.2, -0.2])
+    assert best == {"a": 0.4, "b": 0.2}
+    np.testing.assert_array_equal(grids["a"][..., 0], [[50, 50], [60, 30], [49, 52]])
+    np.testing.assert_array_equal(grids["a"][1, :, 1], [-0.2, -0.2])
 
 
 def test_differences_are_paired():
