@@ -296,16 +296,8 @@ def curve(axes, x, samples: Iterable[Any], style: str, label: str) -> None:
     axes.errorbar(x, means, errors, fmt=style, markersize=5, label=label)
 
 
-COLUMNS = [
-    "question",
-    "arms",
-    "steps",
-    "mean ± std (n)",
-    "cost",
-    "device",
-    "commit",
-    "command",
-]
+COLUMNS = ["question", "arms", "steps", "mean ± std (n)", "cost"]  # of a claim
+COLUMNS += ["device", "commit", "command"]
 
 
 def report(

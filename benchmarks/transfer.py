@@ -198,7 +198,9 @@ class Episode(NamedTuple):
 
 def draw(setup: Setup, seed: int) -> Episode:
     rng = np.random.default_rng(seed)
-    train, test = (np.asarray(part[1]) for part in setup.task[3:5])
+    train, test = (
+        np.asarray(part[1]) for part in (setup.task.train, setup.task.held_out)
+    )
     classes = rng.permutation(10)
     new, old = np.split(classes, [setup.num_new])
     to_label = [rng.permutation(np.flatnonzero(train == k)) for k in new]
@@ -221,10 +223,12 @@ def draw(setup: Setup, seed: int) -> Episode:
 # --- training -------------------------------------------------------------------------
 
 
-def score(setup: Setup, training, state, chosen, targets) -> np.ndarray:
-    """Accuracy in % and loss on the test images that are chosen."""
-    images, labels = (array[chosen] for array in setup.task.held_out)
-    return np.asarray(training.network.score(*state[:2], (images, targets[labels])))
+def train(setup, training, state, rate, order, seed, episode, part) -> tuple[Any, Any]:
+    """State, and accuracy in % and loss; part 0 are the old classes, 1 the new."""
+    targets, (images, labels) = episode.targets[part], setup.task.train
+    state, _ = training.run(state, rate, order, seed, (images, targets[labels]))
+    images, labels = (array[episode.tests[part]] for array in setup.task.held_out)
+    return state, training.network.score(*state[:2], (images, targets[labels]))
 
 
 def learn_first(setup: Setup, training: tasks.Training, seed: int) -> dict[str, Any]:
@@ -232,11 +236,8 @@ def learn_first(setup: Setup, training: tasks.Training, seed: int) -> dict[str, 
     episode = draw(setup, seed)
     num_steps, batch_size, rate = setup.first
     order = tasks.shuffled(len(episode.old), batch_size, num_steps, seed)
-    images, labels = setup.task.train
-    examples = images, episode.targets[0][labels]
-    state = training.start(seed)
-    state, _ = training.run(state, rate, episode.old[order], seed, examples)
-    accuracy, _ = score(setup, training, state, episode.tests[0], episode.targets[0])
+    run = training.start(seed), rate, episode.old[order], seed, episode
+    state, (accuracy, _) = train(setup, training, *run, part=0)
     return {"accuracy": accuracy, "arrays": jax.tree.leaves(state[:2])}
 
 
@@ -263,11 +264,8 @@ def fine_tune(
     num_steps, batch_size = setup.then
     chosen = episode.new[: count // setup.num_new].ravel()
     order = chosen[tasks.shuffled(count, batch_size, num_steps, seed)]
-    images, labels = setup.task.train
-    examples = images, episode.targets[1][labels]
-    state = training.begin(params, other)
-    state, _ = training.run(state, np.float32(rate), order, seed, examples)
-    return score(setup, training, state, episode.tests[1], episode.targets[1])
+    run = training.begin(params, other), np.float32(rate), order, seed, episode
+    return np.asarray(train(setup, training, *run, part=1)[1])
 
 
 # --- what comes out -------------------------------------------------------------------
@@ -390,13 +388,11 @@ def main() -> None:
     if args.smoke:
         return
 
-    effects = {
-        count: [
-            effect({a: records[count, k]["accuracy"] for k, a in arms.items()}, factor)
-            for factor in FACTORS
-        ]
-        for count in setup.counts
+    by_arm = {
+        n: {arm: records[n, name]["accuracy"] for name, arm in arms.items()}
+        for n in setup.counts
     }
+    effects = {(n, k): effect(by_arm[n], k) for n in setup.counts for k in FACTORS}
     harness.report(
         args,
         "transfer_effects",
@@ -404,20 +400,14 @@ def main() -> None:
         "combinations of the two others; mean ± s.e. (n, won:lost)",
         [
             {"arm": factor}
-            | {f"{n} images": str(harness.paired(effects[n][k])) for n in effects}
-            for k, factor in enumerate(FACTORS)
+            | {f"{n} images": str(harness.paired(effects[n, factor])) for n in by_arm}
+            for factor in FACTORS
         ],
-        {
-            "effects": {
-                f"{count}, {factor}": by_seed
-                for count, found in effects.items()
-                for factor, by_seed in zip(FACTORS, found, strict=True)
-            }
-        },
+        {"effects": {f"{n}, {factor}": v for (n, factor), v in effects.items()}},
         "What does each addition bring, with and without the others?",
         ", ".join(FACTORS) + ": with less without",
         f"{num_steps} x {batch_size}",
-        by_count(effects.__getitem__) + " points of accuracy",
+        by_count(lambda n: [effects[n, k] for k in FACTORS]) + " points of accuracy",
         "no step more",
     )
 
