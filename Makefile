@@ -35,12 +35,10 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/harness.py
 
 bench-quality: .venv/dev.stamp
-	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results \
-	    $(if $(DATA),--data $(DATA))
-	$(BIN)/python benchmarks/transfer.py --out benchmarks/results \
-	    $(if $(DATA),--data $(DATA))
-	$(BIN)/python benchmarks/late_decay_training.py --out benchmarks/results \
-	    $(if $(DATA),--data $(DATA))
+	for name in range_test_quality transfer late_decay_training; do \
+	    $(BIN)/python benchmarks/$$name.py --out benchmarks/results \
+	        $(if $(DATA),--data $(DATA)) || exit 1; \
+	done
 	$(BIN)/python benchmarks/harness.py
 
 # The oldest JAX, Optax and Flax that pyproject.toml admits.

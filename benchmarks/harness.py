@@ -50,13 +50,9 @@ def parse_args(claim: str | None, *, takes_data: bool = False) -> argparse.Names
         description=claim, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="at most 10 s, no claim")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=ROOT / "out" / "benchmarks",
-        help="folder for the evidence (default: %(default)s; benchmarks/results holds "
-        "what the README quotes)",
-    )
+    what = "folder for the evidence (%(default)s; benchmarks/results has the README's)"
+    out = ROOT / "out" / "benchmarks"
+    parser.add_argument("--out", type=pathlib.Path, default=out, help=what)
     if takes_data:
         what = "CIFAR-10: an .npz of JPEGs or the archive"
         parser.add_argument("--data", type=pathlib.Path, help=what)
@@ -71,9 +67,7 @@ def parse_args(claim: str | None, *, takes_data: bool = False) -> argparse.Names
     return args
 
 
-def in_threads(
-    function: Callable[[Any], Any], items: Iterable[Any], workers: int | None = None
-) -> list[Any]:
+def in_threads(function, items: Iterable[Any], workers: int | None = None) -> list[Any]:
     """``function`` of each item, as many at a time as there are cores.
 
     Small programs use one core each, and run without Python's lock.
@@ -82,13 +76,7 @@ def in_threads(
         return list(pool.map(function, items))
 
 
-def sweep(
-    run: Callable[..., Any],
-    members: Iterable[tuple[Any, ...]],
-    parts: pathlib.Path,
-    *,
-    workers: int | None = None,
-) -> dict[Any, Any]:
+def sweep(run, members: Iterable[tuple[Any, ...]], parts, workers=None) -> dict:
     """What ``run(*member)`` gives, by member.
 
     What is done is kept in ``parts`` (see ``resumable``); a bar shows what remains.
@@ -98,7 +86,7 @@ def sweep(
     with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True)) as bar:
         task = bar.add_task("", total=len(members))
 
-        def run_one(member: tuple[Any, ...]) -> Any:
+        def run_one(member) -> Any:
             words = [*map(str, jax.tree.leaves(member))]
             bar.update(task, description=", ".join(words))
             path = parts / f"{'-'.join(words).replace(' ', '_')}.json"
@@ -109,13 +97,7 @@ def sweep(
         return dict(zip(members, in_threads(run_one, members, workers), strict=True))
 
 
-def tune(
-    run: Callable[[Any, float, int], Any],
-    arms: Iterable[Any],
-    rates: Sequence[float],
-    seeds: Iterable[int],
-    parts: pathlib.Path,
-) -> tuple[dict[Any, float], dict[Any, np.ndarray]]:
+def tune(run, arms, rates, seeds, parts) -> tuple[dict[Any, float], dict[Any, Any]]:
     """The rate of each arm with the highest mean over the seeds: the rule for all.
 
     ``run(arm, rate, seed)`` gives an accuracy and what else is kept; the second result
@@ -183,25 +165,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def to_json(value: Any) -> Any:
+def to_json(value) -> Any:
     """Arrays as lists, and what is not finite as None."""
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | jax.Array):
+    if isinstance(value, np.ndarray | jax.Array | np.generic):
         return to_json(np.asarray(value).tolist())
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- time -----------------------------------------------------------------------------
-
-
-def interleave(
-    arms: Mapping[str, Callable[[], Any]], rounds: int
-) -> dict[str, list[float]]:
+def interleave(arms: Mapping[str, Callable], rounds: int) -> dict[str, list[float]]:
     """Seconds of each arm in each round, in an order drawn anew for each round.
 
     A first round of every arm warms up and is not counted.
@@ -231,14 +206,15 @@ def median_and_quartiles(values: Any, digits: int = 2) -> str:
     return f"{median} ({low} to {high})"
 
 
-def mean_and_std(*samples: Any, digits: int = 2) -> str:
+def mean_and_std(*samples, digits: int = 2) -> str:
     """``mean ± standard deviation (n=...)`` of each sample."""
-    arrays = [np.asarray(values, np.float64) for values in samples]
-    stds = [array.std(ddof=1) if array.size > 1 else 0.0 for array in arrays]
-    return ", ".join(
-        f"{array.mean():.{digits}f} ± {std:.{digits}f} (n={array.size})"
-        for array, std in zip(arrays, stds, strict=True)
-    )
+
+    def show(values) -> str:
+        array = np.asarray(values, np.float64)
+        std = array.std(ddof=1) if array.size > 1 else 0.0
+        return f"{array.mean():.{digits}f} ± {std:.{digits}f} (n={array.size})"
+
+    return ", ".join(map(show, samples))
 
 
 class Difference(NamedTuple):
@@ -300,14 +276,7 @@ COLUMNS = ["question", "arms", "steps", "mean ± std (n)", "cost"]  # of a claim
 COLUMNS += ["device", "commit", "command"]
 
 
-def report(
-    args: argparse.Namespace,
-    name: str,
-    title: str,
-    rows: Sequence[Mapping[str, Any]],
-    evidence: Mapping[str, Any],
-    *claim: str,
-) -> None:
+def report(args, name, title, rows, evidence, *claim: str) -> None:
     """Prints the rows as a table, and stores them with evidence and environment.
 
     ``claim`` is a row of ``benchmarks/README.md`` up to its device: question, arms,
@@ -339,12 +308,10 @@ def report(
 def table_of_claims(results: pathlib.Path) -> str:
     """``benchmarks/README.md``, from the JSON files of ``results``."""
     lines = [
-        "# Benchmarks",
-        "",
+        "# Benchmarks\n",
         "What was measured, by which command, on what. Written by "
         "`python benchmarks/harness.py` from the evidence in `results/`, one file per "
-        "claim, with the results of each seed.",
-        "",
+        "claim, with the results of each seed.\n",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
     ]

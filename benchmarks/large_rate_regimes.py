@@ -308,7 +308,7 @@ def find_threshold(budget: Budget, seed: int, **options) -> dict[str, Any]:
         **options,
     )
     names = ("threshold", "rates", "end_losses", "regimes")
-    return {name: getattr(found, name) for name in names}
+    return {name.replace("_", " "): getattr(found, name) for name in names}
 
 
 # --- what comes out -------------------------------------------------------------------
@@ -345,7 +345,7 @@ class Claim(NamedTuple):
 
 
 def claimed(claim: str, ours, theirs, asked: str = "") -> Claim:
-    """``asked`` of the paired differences is "above", "below" or "within n s.e."."""
+    """``asked`` of the differences: above, below or within a number of errors."""
     found = harness.paired(ours, theirs)
     if not asked:
         return Claim(claim, found)

@@ -174,9 +174,8 @@ SAME_SQUARES = (Arm(5e-3, 4000), Arm(2.5e-3, 16_000))
 CLEAN = [Arm(rate, 3000, 0.0, 1e-3, 2000) for rate in (3e-3, 1.2e-2, 1.6e-2, 2e-2)]
 
 
-def is_stable(result: Mapping[str, Any]) -> np.ndarray:
-    """What is not finite comes back as None."""
-    return np.isfinite(np.asarray(result["norm"], np.float64))
+def is_stable(norms) -> np.ndarray:
+    return np.isfinite(np.asarray(norms, np.float64))
 
 
 def verdicts(test_losses: Mapping[int, float]) -> dict[str, bool]:
@@ -269,7 +268,7 @@ def main() -> None:
             "sum of rates": f"{arm.rates.sum():.3g}",
             "of squares": f"{np.sum(arm.rates**2):.3g}",
             **{key: show(values) for key, values in found[arm].items()},
-            "stable (%)": f"{100 * is_stable(found[arm]).mean():.0f}",
+            "stable (%)": f"{100 * is_stable(found[arm]['norm']).mean():.0f}",
         }
         for name, arm in rows_of.items()
     ]

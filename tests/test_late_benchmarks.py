@@ -77,7 +77,7 @@ def test_measures_are_those_of_the_definitions():
     at_shortest = minimum_norm.measure(problems, problems.minimum_norm)
     np.testing.assert_array_equal(at_shortest["distance"], 0)
     diverged = minimum_norm.measure(problems, np.full((3, 40), np.nan))
-    assert not minimum_norm.is_stable(diverged).any()
+    assert not minimum_norm.is_stable(diverged["norm"]).any()
 
 
 def test_late_decay_comes_nearer_to_the_minimum_norm():
