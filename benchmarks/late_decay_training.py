@@ -54,21 +54,13 @@ WEIGHTS = ("last", "recalibrated", "ema", "lawa")
 
 
 class Setup(NamedTuple):
-    """What is trained, on what, for how long.
+    """What is trained, on what, for how long."""
 
-    Attributes:
-      task: Its held-out images are those that rates are chosen by.
-      test: Images that are reported.
-      lengths: Of the runs, in steps.
-      warmup_steps: Of all rates but the one cycle's.
-      chunk: Steps of one call; a divisor of all lengths, cooldowns and warm-ups.
-    """
-
-    task: tasks.Task
-    test: data.Batch
-    lengths: tuple[int, ...]
-    warmup_steps: int
-    chunk: int
+    task: tasks.Task  # its held-out images are those that rates are chosen by
+    test: data.Batch  # images that are reported
+    lengths: tuple[int, ...]  # of the runs, in steps
+    warmup_steps: int  # of all rates but the one cycle's
+    chunk: int  # steps of one call; divides all lengths, cooldowns and warm-ups
 
 
 def cifar10(path: pathlib.Path) -> Setup:
@@ -151,7 +143,7 @@ def forks(key: Key, lengths: Iterable[int], percents: Iterable[int]) -> dict[str
     }
 
 
-def cool_down(state: Any, num_steps: int) -> Any:
+def cool_down(state, num_steps) -> Any:
     params, other, opt_state = state
     return params, other, osc.start_cooldown(opt_state, num_steps)
 
@@ -386,9 +378,8 @@ def main() -> None:
 
     def tuning_run(key: Key, rate: float, seed: int) -> np.ndarray:
         points = forks(key, [key[1]], [TUNED])
-        (found,) = run_branches(
-            setup, trainings[key], rate, seed, points, score
-        ).values()
+        run = setup, trainings[key], rate, seed, points, score
+        (found,) = run_branches(*run).values()
         return found
 
     def run(key: Key, seed: int) -> dict[str, Any]:

@@ -280,10 +280,6 @@ def synthetic_spread(noise, rule, families, draws) -> float:
     return float(np.max(high / low))
 
 
-def by_name(found) -> dict[str, Any]:
-    return {" ".join(key): values for key, values in found.items()}
-
-
 def main() -> None:
     args = harness.parse_args(__doc__, takes_data=True)
     makers, every, n, seeds = CHOOSING | REPORTING, 1, 100, range(NUM_SEEDS)
@@ -306,9 +302,9 @@ def main() -> None:
         }
 
     # One after the other, as each has threads of its own.
-    records = harness.sweep(
-        compute, itertools.product(makers, GRIDS), args.parts, workers=1
-    )
+    members = itertools.product(makers, GRIDS)
+    found = harness.sweep(compute, members, args.parts, workers=1)
+    records = {" ".join(key): record for key, record in found.items()}
 
     read = {key: [*map(readings, r["probes"])] for key, r in records.items()}
     rules = [*next(iter(read.values()))[0]]
@@ -325,15 +321,15 @@ def main() -> None:
         }
         for optimizer, half in itertools.product(GRIDS, ("chose", "report")):
             values = [
-                float(np.mean(losses[name, key]))
-                for name, key in records
-                if key == optimizer and (name in CHOOSING) == (half == "chose")
+                float(np.mean(losses[f"{name} {optimizer}"]))
+                for name in makers
+                if (name in CHOOSING) == (half == "chose")
             ]
             row[f"{optimizer}: {half}"] = summary(values)
             if rule == "default" and half == "report":
                 told.append(f"{optimizer} {harness.mean_and_std(values)}")
         rows.append(row)
-        picked[rule], regrets[rule] = by_name(rates), by_name(losses)
+        picked[rule], regrets[rule] = rates, losses
     lengths = [record["steps"] for record in records.values()]
     harness.report(
         args,
@@ -343,8 +339,8 @@ def main() -> None:
         rows,
         {
             "tasks": {
-                name: {k: v for k, v in record.items() if k != "probes"}
-                for name, record in by_name(records).items()
+                key: {k: v for k, v in record.items() if k != "probes"}
+                for key, record in records.items()
             },
             "picked": picked,
             "regret": regrets,

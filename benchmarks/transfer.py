@@ -49,22 +49,13 @@ B1, B2, WEIGHT_DECAY = 0.9, 0.99, 1e-2
 
 
 class Arm(NamedTuple):
-    """Fine-tuning at a constant rate, and what is added to it.
+    """Fine-tuning at a constant rate, and what is added to it."""
 
-    Attributes:
-      decay: Of the rate, from each group to the one before.
-      one_cycle: Whether rate and momentum cycle.
-      unfreezing: None: all trains at once. ``"gradual"``: group after group.
-        ``"never"``: nothing but the head.
-      recipe: Whether this is ``fine_tune_adamw`` instead.
-      pretrained: Whether the network has learned other classes before.
-    """
-
-    decay: float = 1.0
-    one_cycle: bool = False
-    unfreezing: str | None = None
-    recipe: bool = False
-    pretrained: bool = True
+    decay: float = 1.0  # of the rate, from each group to the one before
+    one_cycle: bool = False  # of rate and momentum
+    unfreezing: str | None = None  # "gradual": by group; "never": nothing but the head
+    recipe: bool = False  # `fine_tune_adamw` instead
+    pretrained: bool = True  # on other classes
 
 
 ULMFIT = 1 / 2.6
