@@ -30,18 +30,15 @@ check: lint types test-all
 # takes minutes, `bench-quality` hours: make bench-quality DATA=path/to/cifar10
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
-	$(BIN)/python benchmarks/groups.py --out benchmarks/results
 	$(BIN)/python benchmarks/late_decay_minimum_norm.py --out benchmarks/results
 	$(BIN)/python benchmarks/large_rate_regimes.py --out benchmarks/results
 	$(BIN)/python benchmarks/harness.py
 
 bench-quality: .venv/dev.stamp
-	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results \
-	    $(if $(DATA),--data $(DATA))
-	$(BIN)/python benchmarks/transfer.py --out benchmarks/results \
-	    $(if $(DATA),--data $(DATA))
-	$(BIN)/python benchmarks/late_decay_training.py --out benchmarks/results \
-	    $(if $(DATA),--data $(DATA))
+	for name in range_test_quality transfer late_decay_training; do \
+	    $(BIN)/python benchmarks/$$name.py --out benchmarks/results \
+	        $(if $(DATA),--data $(DATA)) || exit 1; \
+	done
 	$(BIN)/python benchmarks/harness.py
 
 # The oldest JAX, Optax and Flax that pyproject.toml admits.

@@ -22,11 +22,9 @@ def split(inputs: Any, targets: Any, num_train: int) -> tuple[Batch, Batch]:
         np.asarray(a, np.float32) if np.issubdtype(a.dtype, np.floating) else a
         for a in map(np.asarray, (inputs, targets))
     ]
-    parts = np.split(order, [num_train])
-    (x, y), (x_held_out, y_held_out) = (
-        [jnp.asarray(a[part]) for a in arrays] for part in parts
-    )
-    return (x, y), (x_held_out, y_held_out)
+    first, second = np.split(order, [num_train])
+    x, y = ([jnp.asarray(array[part]) for part in (first, second)] for array in arrays)
+    return (x[0], y[0]), (x[1], y[1])
 
 
 def load_digits(as_images: bool = False) -> tuple[np.ndarray, np.ndarray]:

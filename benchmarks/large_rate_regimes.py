@@ -25,9 +25,7 @@ training loss of 0.01.
 """
 
 import functools
-import math
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import harness
@@ -60,16 +58,8 @@ STAGES = {
     "high": f"fine-tuned at {HIGH:g}",
     **{f"SWA{count}": f"SWA{count}" for count in COUNTS},
 }
-# Modules of the package and of the benchmarks that this one does not use.
-UNUSED = (
-    "plotting",
-    "groups",
-    "late_decay_minimum_norm",
-    "late_decay_training",
-    "overhead",
-    "range_test_quality",
-    "transfer",
-)
+# Of the accuracies with a single feature.
+BEST = {"best feature": 1, "second feature": 2, "median feature": NUM_FEATURES // 2}
 
 
 class Budget(NamedTuple):
@@ -103,13 +93,6 @@ def draw_points(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     return points
 
 
-def draw_border(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
-    """(*shape, 2), on the borders between the classes."""
-    first = rng.uniform(-2, 2, shape)
-    second = np.abs(first) - 2 * rng.integers(0, 2, shape)
-    return np.stack([first, second], axis=-1)
-
-
 class Problem(NamedTuple):
     """One seed's, or with a leading axis many seeds'."""
 
@@ -131,39 +114,38 @@ def make_problem(seed: int, budget: Budget) -> Problem:
 
     def with_only(feature: int) -> tuple[np.ndarray, np.ndarray]:
         labels = rng.integers(0, 2, budget.num_feature_test)
-        inputs = draw_border(rng, (len(labels), NUM_FEATURES))
+        # On the borders between the classes, but for one.
+        first = rng.uniform(-2, 2, (len(labels), NUM_FEATURES))
+        second = np.abs(first) - 2 * rng.integers(0, 2, first.shape)
+        inputs = np.stack([first, second], axis=-1)
         inputs[:, feature] = draw_points(rng, labels)
         return inputs.reshape(len(labels), -1), labels
 
     train, test = examples(budget.num_train), examples(budget.num_test)
     only = [with_only(feature) for feature in range(NUM_FEATURES)]
-    features = [np.stack(part) for part in zip(*only, strict=True)]
+    inputs, labels = map(np.stack, zip(*only, strict=True))
     head = rng.normal(size=WIDTH)
+    head *= HEAD_NORM / np.linalg.norm(head)
     weights = rng.normal(size=(2 * NUM_FEATURES + WIDTH, WIDTH))
     weights /= np.linalg.norm(weights)
-    problem = Problem(
-        train,
-        test,
-        (features[0], features[1]),
-        HEAD_NORM * head / np.linalg.norm(head),
-        np.split(weights, [2 * NUM_FEATURES]),
-    )
+    start = np.split(weights, [2 * NUM_FEATURES])
+    problem = Problem(train, test, (inputs, labels), head, start)
     return jax.tree.map(lambda array: array.astype(np.float32), problem)
 
 
-def make_orders(seed: int, budget: Budget) -> tuple[np.ndarray, np.ndarray]:
+def make_orders(seed: int, budget: Budget) -> list[np.ndarray]:
     """(steps, batch size) indices of examples, for pre-training and fine-tuning."""
-    draw = functools.partial(tasks.shuffled, budget.num_train, BATCH_SIZE)
-    return (
-        draw(budget.pretrain_steps, seed),
-        draw(budget.finetune_steps, 10_000 + seed),
-    )
+    lengths = budget.pretrain_steps, budget.finetune_steps
+    return [
+        tasks.shuffled(budget.num_train, BATCH_SIZE, steps, seed + 10_000 * k)
+        for k, steps in enumerate(lengths)
+    ]
 
 
 # --- the network and its training -----------------------------------------------------
 
 
-def logits_of(params: Any, head: Any, inputs: Any) -> jax.Array:
+def logits_of(params, head, inputs) -> jax.Array:
     """Layer norms without scale or bias make it invariant to the weights' scale."""
     hidden = inputs
     for kernel in params:
@@ -174,46 +156,41 @@ def logits_of(params: Any, head: Any, inputs: Any) -> jax.Array:
     return hidden @ head
 
 
-def loss_fn(params: Any, head: Any, inputs: Any, labels: Any) -> jax.Array:
-    logits = logits_of(params, head, inputs)
-    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+def loss_fn(params, head, batch) -> jax.Array:
+    logits = logits_of(params, head, batch[0])
+    return optax.sigmoid_binary_cross_entropy(logits, batch[1]).mean()
 
 
-def accuracy(params: Any, head: Any, examples: Any) -> jax.Array:
+def accuracy(params, head, batch) -> jax.Array:
     """In %."""
-    inputs, labels = examples
-    return 100 * jnp.mean((logits_of(params, head, inputs) > 0) == labels)
+    return 100 * jnp.mean((logits_of(params, head, batch[0]) > 0) == batch[1])
 
 
 to_sphere = optax.projections.projection_l2_sphere
 
 
-def stay_on_sphere() -> optax.GradientTransformation:
-    """Updates that end on the unit sphere, of all parameters together."""
+def make_tx(rate, *averages) -> optax.GradientTransformation:
+    """SGD whose updates end on the unit sphere, of all parameters together."""
 
-    def project(updates: Any, params: Any) -> Any:
+    def project(updates, params) -> Any:
         after = to_sphere(optax.apply_updates(params, updates))
         return jax.tree.map(jnp.subtract, after, params)
 
-    return optax.stateless(project)
+    sgd = osc.late_decay_sgd(rate, None, momentum=0.0, nesterov=False)
+    return optax.chain(sgd, optax.stateless(project), *averages)
 
 
-def make_tx(rate: Any, *averages: Any) -> Any:
-    return optax.chain(
-        osc.late_decay_sgd(rate, None, momentum=0.0, nesterov=False),
-        stay_on_sphere(),
-        *averages,
-    )
+def step(tx, state, chosen, examples, head) -> tuple[Any, jax.Array]:
+    """On the chosen examples."""
+    params, opt_state = state
+    batch = tuple(array[chosen] for array in examples)
+    loss, grads = jax.value_and_grad(loss_fn)(params, head, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), loss
 
 
 @functools.partial(jax.jit, static_argnames="spacing")
-def train(
-    params: Any,
-    rates: jax.Array,
-    problems: Problem,
-    orders: Any,
-    spacing: int = 0,
-) -> tuple[Any, dict[str, Any]]:
+def train(params, rates, problems, orders, spacing=0) -> tuple[Any, dict[str, Any]]:
     """The last parameters, and averages, of each seed (axis 0) and rate (axis 1)."""
     # The last sample is the last step's.
     last, counts = orders.shape[1] - 1, COUNTS if spacing else ()
@@ -222,15 +199,11 @@ def train(
         for n in counts
     }
 
-    def run(params: Any, rate: Any, problem: Problem, order: Any) -> tuple[Any, Any]:
+    def run(params, rate, problem, order) -> tuple[Any, Any]:
         tx = make_tx(rate, *averages.values())
 
-        def body(state: Any, chosen: jax.Array) -> tuple[Any, None]:
-            params, opt_state = state
-            inputs, labels = (array[chosen] for array in problem.train)
-            grads = jax.grad(loss_fn)(params, problem.head, inputs, labels)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
+        def body(state, chosen) -> tuple[Any, None]:
+            return step(tx, state, chosen, problem.train, problem.head)[0], None
 
         (params, opt_state), _ = lax.scan(body, (params, tx.init(params)), order)
         return params, {
@@ -238,38 +211,34 @@ def train(
         }
 
     over_rates = jax.vmap(run, in_axes=(0, 0, None, None))
-    return jax.vmap(over_rates, in_axes=(0, None, 0, 0))(
-        params, rates, problems, orders
-    )
+    over_seeds = jax.vmap(over_rates, in_axes=(0, None, 0, 0))
+    return over_seeds(params, rates, problems, orders)
 
 
 @jax.jit
-def evaluate(params: Any, problems: Problem) -> dict[str, jax.Array]:
+def evaluate(params, problems) -> dict[str, jax.Array]:
     """(seeds, rates) accuracies, and of each feature (seeds, rates, features)."""
 
-    def run(params: Any, problem: Problem) -> dict[str, jax.Array]:
+    def run(params, problem) -> dict[str, jax.Array]:
         measure = functools.partial(accuracy, params, problem.head)
-        return {
-            "train": measure(problem.train),
-            "test": measure(problem.test),
-            "features": lax.map(measure, problem.features),
-        }
+        parts = {"train": measure(problem.train), "test": measure(problem.test)}
+        return parts | {"features": lax.map(measure, problem.features)}
 
     return jax.vmap(jax.vmap(run, in_axes=(0, None)))(params, problems)
 
 
 @jax.jit
-def compare(first: Any, second: Any, problems: Problem) -> dict[str, jax.Array]:
+def compare(first, second, problems) -> dict[str, jax.Array]:
     """(seeds, rates): the angle between two networks, and the barriers on the way.
 
     A barrier is how far the error, on the segment projected to the sphere, rises above
     the line between the errors at its ends.
     """
 
-    def run(first: Any, second: Any, problem: Problem) -> dict[str, jax.Array]:
+    def run(first, second, problem) -> dict[str, jax.Array]:
         positions = jnp.linspace(0, 1, 21)
 
-        def errors(position: Any) -> jax.Array:
+        def errors(position) -> jax.Array:
             between = jax.tree.map(
                 lambda a, b: (1 - position) * a + position * b, first, second
             )
@@ -278,21 +247,14 @@ def compare(first: Any, second: Any, problems: Problem) -> dict[str, jax.Array]:
 
         curve = lax.map(errors, positions)
         line = curve[0] + positions[:, None] * (curve[-1] - curve[0])
-        barriers = jnp.max(curve - line, axis=0)
-        cosine = jnp.clip(optax.tree.vdot(first, second), -1, 1)
-        return {
-            "angle": jnp.arccos(cosine),
-            "train barrier": barriers[0],
-            "test barrier": barriers[1],
-        }
+        train, test = jnp.max(curve - line, axis=0)
+        angle = jnp.arccos(jnp.clip(optax.tree.vdot(first, second), -1, 1))
+        return {"angle": angle, "train barrier": train, "test barrier": test}
 
-    over_rates = jax.vmap(run, in_axes=(0, 0, None))
-    return jax.vmap(over_rates)(first, second, problems)
+    return jax.vmap(jax.vmap(run, in_axes=(0, 0, None)))(first, second, problems)
 
 
-def run_group(
-    seeds: Sequence[int], rates: Sequence[float], budget: Budget
-) -> dict[str, Any]:
+def run_group(budget: Budget, rates, seeds) -> dict[str, Any]:
     """What each seed (axis 0) and rate (axis 1) of pre-training comes to."""
     each = [make_problem(seed, budget) for seed in seeds]
     problems = jax.tree.map(lambda *arrays: np.stack(arrays), *each)
@@ -309,12 +271,9 @@ def run_group(
     )
     params, _ = train(start, plr, problems, body)
     params, averages = train(params, plr, problems, tail, budget.spacing)
-    finetuned, _ = train(
-        jax.tree.map(lambda array: jnp.concatenate([array, array], axis=1), params),
-        np.repeat(np.array([LOW, HIGH], np.float32), count),
-        problems,
-        finetune_orders,
-    )
+    twice = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), params)
+    finetune_rates = np.repeat(np.array([LOW, HIGH], np.float32), count)
+    finetuned, _ = train(twice, finetune_rates, problems, finetune_orders)
     low = jax.tree.map(lambda a: a[:, :count], finetuned)
     high = jax.tree.map(lambda a: a[:, count:], finetuned)
     found = {"pre-trained": params, "low": low, "high": high, **averages}
@@ -324,27 +283,19 @@ def run_group(
     }
 
 
-# --- the threshold --------------------------------------------------------------------
-
-
 @jax.jit
-def epoch(
-    params: Any, rate: Any, orders: Any, examples: Any, head: Any
-) -> tuple[Any, jax.Array]:
+def epoch(params, rate, orders, examples, head) -> tuple[Any, jax.Array]:
     """A step of the search, whose loss is the mean over the epoch's batches."""
     tx = make_tx(rate)
 
-    def body(params: Any, chosen: jax.Array) -> tuple[Any, jax.Array]:
-        inputs, labels = (array[chosen] for array in examples)
-        loss, grads = jax.value_and_grad(loss_fn)(params, head, inputs, labels)
-        updates, _ = tx.update(grads, tx.init(params), params)
-        return optax.apply_updates(params, updates), loss
+    def body(state, chosen) -> tuple[Any, jax.Array]:
+        return step(tx, state, chosen, examples, head)
 
-    params, losses = lax.scan(body, params, orders)
+    (params, _), losses = lax.scan(body, (params, tx.init(params)), orders)
     return params, losses.mean()
 
 
-def find_threshold(seed: int, budget: Budget, **options: Any) -> dict[str, Any]:
+def find_threshold(budget: Budget, seed: int, **options) -> dict[str, Any]:
     problem = jax.device_put(make_problem(seed, budget))
     per_epoch = budget.num_train // BATCH_SIZE
     num_epochs = budget.pretrain_steps // per_epoch
@@ -356,41 +307,34 @@ def find_threshold(seed: int, budget: Budget, **options: Any) -> dict[str, Any]:
         num_steps=num_epochs,
         **options,
     )
-    return {
-        "threshold": found.threshold,
-        "rates": found.rates,
-        "end losses": found.end_losses,
-        "regimes": found.regimes,
-    }
+    names = ("threshold", "rates", "end_losses", "regimes")
+    return {name.replace("_", " "): getattr(found, name) for name in names}
 
 
 # --- what comes out -------------------------------------------------------------------
 
 
-class Difference(NamedTuple):
-    """Paired, within a seed."""
-
-    mean: float
-    error: float  # standard error
-    wins: int
-    losses: int
-    n: int
-
-    def __str__(self) -> str:
-        counts = f"n={self.n}, {self.wins}:{self.losses}"
-        return f"{self.mean:+.2f} ± {self.error:.2f} ({counts})"
+Results = Mapping[float, Mapping[str, Mapping[str, np.ndarray]]]  # rate, stage, what
 
 
-def paired(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    apart = ours - theirs
-    error = apart.std(ddof=1) / math.sqrt(len(apart))
-    wins, losses = int((apart > 0).sum()), int((apart < 0).sum())
-    return Difference(float(apart.mean()), float(error), wins, losses, len(apart))
+def by_rate(groups: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> Results:
+    """Results of groups of seeds, (seeds, rates, ...) each, as one per rate."""
 
+    def joined(stage: str, k: int) -> dict[str, np.ndarray]:
+        found = {
+            name: np.concatenate([np.asarray(g[stage][name])[:, k] for g in groups])
+            for name in groups[0][stage]
+        }
+        features = np.sort(found.pop("features", np.zeros((1, NUM_FEATURES))), axis=-1)
+        if stage in STAGES:
+            found |= {name: features[:, -n] for name, n in BEST.items()}
+        return found
 
-def nth_best(features: np.ndarray, n: int) -> np.ndarray:
-    """Accuracy with the feature that comes n-th, from (..., features)."""
-    return np.sort(features, axis=-1)[..., -n]
+    stages = groups[0] if groups else ()
+    return {
+        rate: {stage: joined(stage, k) for stage in stages}
+        for k, rate in enumerate(rates)
+    }
 
 
 class Claim(NamedTuple):
@@ -399,295 +343,163 @@ class Claim(NamedTuple):
     asked: str = ""
     holds: bool | None = None
 
-    @property
-    def verdict(self) -> str:
-        return "" if self.holds is None else "holds" if self.holds else "not confirmed"
+
+def claimed(claim: str, ours, theirs, asked: str = "") -> Claim:
+    """``asked`` of the differences: above, below or within a number of errors."""
+    found = harness.paired(ours, theirs)
+    if not asked:
+        return Claim(claim, found)
+    word, factor, _ = asked.split()
+    limit = float(factor) * found.error
+    holds = {
+        "above": found.mean > limit,
+        "below": found.mean < limit,
+        "within": abs(found.mean) <= limit,
+    }
+    return Claim(claim, found, asked, holds[word])
 
 
-def judge(results: Mapping[float, Mapping[str, Any]]) -> list[Claim]:
+def judge(results: Results) -> list[Claim]:
     """The seven claims, of results by rate."""
-    direct, above, large = (results[rate] for rate in (DIRECT, ABOVE, TOO_LARGE))
-    trains = [at["pre-trained"]["train"] for at in (direct, above)]
-    train = [accuracies.mean() for accuracies in trains]
+    direct, above = results[DIRECT]["pre-trained"], results[ABOVE]
+    before, low = above["pre-trained"], above["low"]
+    trains = [at["train"] for at in (direct, before)]
+    means = [accuracies.mean() for accuracies in trains]
     converged = [int((accuracies >= 99.5).sum()) for accuracies in trains]
-
-    def less_direct(stage: str, n: int) -> Difference:
-        at_direct = nth_best(direct["pre-trained"]["features"], n)
-        return paired(nth_best(above[stage]["features"], n), at_direct)
-
-    best = less_direct("low", 1)
-    recovered = paired(above["low"]["test"], above["pre-trained"]["test"])
-    hurt = paired(large["low"]["test"], above["low"]["test"])
-    gain = paired(above["low"]["test"], direct["pre-trained"]["test"])
-    apart = paired(above["high"]["test"], above["low"]["test"])
-    averaged = paired(above["SWA20"]["test"], above["low"]["test"])
-    leans = nth_best(above["pre-trained"]["features"], 1) >= LEANING
-    by_leaning = [
-        Claim(
-            f"  where a feature alone had {word} {LEANING} % before",
-            paired(above["low"]["test"][some], direct["pre-trained"]["test"][some]),
-        )
-        for word, some in (("at least", leans), ("less than", ~leans))
-        if some.sum() > 1
-    ]
-    return [
-        Claim(
-            f"1 threshold: train accuracy at {DIRECT:g}, at {ABOVE:g}",
-            f"{train[0]:.2f}, {train[1]:.2f} ({converged[0]}, {converged[1]} of "
-            f"{len(trains[0])} seeds above 99.5)",
-            "at least 99.5, below 90",
-            bool(train[0] >= 99.5 and train[1] < 90),
-        ),
-        Claim(
-            f"2 sparsity: best single feature, {ABOVE:g} then {LOW:g}, less direct",
-            best,
-            "above 3 s.e.",
-            best.mean > 3 * best.error,
-        ),
-        Claim("  before fine-tuning", less_direct("pre-trained", 1)),
-        Claim("  second best feature", less_direct("low", 2)),
-        Claim("  median feature", less_direct("low", NUM_FEATURES // 2)),
-        Claim(
-            f"3 recovery: {ABOVE:g} then {LOW:g}, less {ABOVE:g}",
-            recovered,
-            "above 5 s.e.",
-            recovered.mean > 5 * recovered.error,
-        ),
-        Claim(
-            f"4 too large hurts: {TOO_LARGE:g} less {ABOVE:g}, both then {LOW:g}",
-            hurt,
-            "below -2 s.e.",
-            hurt.mean < -2 * hurt.error,
-        ),
-        Claim(
-            f"5 best above the threshold: {ABOVE:g} then {LOW:g}, less direct",
-            gain,
-            "above 2 s.e.",
-            gain.mean > 2 * gain.error,
-        ),
-        *by_leaning,
-        Claim(
-            f"6 at any rate of fine-tuning: {ABOVE:g} then {HIGH:g}, less then {LOW:g}",
-            apart,
-            "within 2 s.e.",
-            abs(apart.mean) <= 2 * apart.error,
-        ),
-        Claim(
-            f"7 averages beat fine-tuning: SWA20 at {ABOVE:g}, less then {LOW:g}",
-            averaged,
-            "above 2 s.e.",
-            averaged.mean > 2 * averaged.error,
-        ),
-        Claim(
-            f"  SWA20 at {ABOVE:g}, less direct",
-            paired(above["SWA20"]["test"], direct["pre-trained"]["test"]),
-        ),
-    ]
-
-
-def table(results: Mapping[float, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row per rate of pre-training: means over seeds."""
-    direct = results[DIRECT]["pre-trained"]["test"]
-    rows = []
-    for rate, at in sorted(results.items()):
-        tests = {stage: at[stage]["test"] for stage in STAGES}
-        best = [
-            nth_best(at[stage]["features"], 1).mean()
-            for stage in ("pre-trained", "low")
-        ]
-        between = {name: values.mean() for name, values in at["low to high"].items()}
-        is_paired = len(tests["low"]) == len(direct) and rate != DIRECT
-        rows.append(
-            {
-                "rate": f"{rate:g}",
-                "n": len(tests["low"]),
-                "train": f"{at['pre-trained']['train'].mean():.1f}",
-                **{
-                    STAGES[stage]: f"{test.mean():.1f}" for stage, test in tests.items()
-                },
-                f"{LOW:g} less direct": str(paired(tests["low"], direct))
-                if is_paired
-                else "",
-                "best feature": " → ".join(f"{value:.1f}" for value in best),
-                "barrier": "{train barrier:.1f}, {test barrier:.1f}".format(**between),
-                "angle": f"{between['angle']:.2f}",
-            }
-        )
-    return rows
-
-
-def draw(
-    results: Mapping[float, Mapping[str, Any]],
-    threshold: float,
-    path: pathlib.Path,
-) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplot_mosaic(
-        [["test", "test"], ["feature", "barrier"]],
-        figsize=(9, 7),
-        dpi=150,
-        layout="constrained",
+    leans = before["best feature"] >= LEANING
+    threshold = Claim(
+        f"1 threshold: train accuracy at {DIRECT:g}, at {ABOVE:g}",
+        f"{means[0]:.2f}, {means[1]:.2f} ({converged[0]}, {converged[1]} of "
+        f"{len(leans)} seeds above 99.5)",
+        "at least 99.5, below 90",
+        bool(means[0] >= 99.5 and means[1] < 90),
     )
+    then_low = f"{ABOVE:g} then {LOW:g}, less"
+
+    def less_direct(claim: str, at, name: str = "test", asked: str = "") -> Claim:
+        return claimed(claim, at[name], direct[name], asked)
+
+    def less_low(claim: str, accuracies, asked: str) -> Claim:
+        return claimed(claim, accuracies, low["test"], asked)
+
+    sparsity = f"2 sparsity: best single feature, {then_low} direct"
+    recovery = f"3 recovery: {then_low} {ABOVE:g}"
+    too_large = f"4 too large hurts: {TOO_LARGE:g} less {ABOVE:g}, both then {LOW:g}"
+    best = f"5 best above the threshold: {then_low} direct"
+    any_rate = (
+        f"6 at any rate of fine-tuning: {ABOVE:g} then {HIGH:g}, less then {LOW:g}"
+    )
+    averages = f"7 averages beat fine-tuning: SWA20 at {ABOVE:g}, less then {LOW:g}"
+    return [
+        threshold,
+        less_direct(sparsity, low, "best feature", "above 3 s.e."),
+        less_direct("  before fine-tuning", before, "best feature"),
+        less_direct("  second best feature", low, "second feature"),
+        less_direct("  median feature", low, "median feature"),
+        claimed(recovery, low["test"], before["test"], "above 5 s.e."),
+        less_low(too_large, results[TOO_LARGE]["low"]["test"], "below -2 s.e."),
+        less_direct(best, low, "test", "above 2 s.e."),
+        *(
+            claimed(
+                f"  where a feature alone had {word} {LEANING} % before",
+                low["test"][some],
+                direct["test"][some],
+            )
+            for word, some in (("at least", leans), ("less than", ~leans))
+            if some.sum() > 1
+        ),
+        less_low(any_rate, above["high"]["test"], "within 2 s.e."),
+        less_low(averages, above["SWA20"]["test"], "above 2 s.e."),
+        less_direct(f"  SWA20 at {ABOVE:g}, less direct", above["SWA20"]),
+    ]
+
+
+def draw(results: Results, threshold: float, path) -> None:
+    """Means and standard errors over the rate of pre-training."""
     rates = sorted(results)
-
-    def curve(axis: str, label: str, style: str, at: Mapping[float, Any]) -> None:
-        means = [at[rate].mean() for rate in rates]
-        errors = [at[rate].std(ddof=1) / math.sqrt(len(at[rate])) for rate in rates]
-        axes[axis].errorbar(rates, means, errors, fmt=style, label=label, capsize=2)
-
+    barrier = f"error barrier, {LOW:g} to {HIGH:g} (points)"
+    layout = [["test accuracy (%)"] * 2, ["best single feature (%)", barrier]]
+    # Label, style, stage and what of it, by axes.
     styles = {"pre-trained": "o-", "low": "s-", "high": "^--", "SWA20": "D-."}
-    for stage, style in styles.items():
-        tests = {rate: results[rate][stage]["test"] for rate in rates}
-        curve("test", STAGES[stage], style, tests)
-    for stage in ("pre-trained", "low"):
-        best = {rate: nth_best(results[rate][stage]["features"], 1) for rate in rates}
-        curve("feature", STAGES[stage], styles[stage], best)
-    for part, style in {"train": "o-", "test": "s-"}.items():
-        name = f"{part} barrier"
-        barriers = {rate: results[rate]["low to high"][name] for rate in rates}
-        curve("barrier", part, style, barriers)
-    labels = {
-        "test": "test accuracy (%)",
-        "feature": "best single feature (%)",
-        "barrier": f"error barrier, {LOW:g} to {HIGH:g} (points)",
+    curves = {
+        layout[0][0]: [(STAGES[k], style, k, "test") for k, style in styles.items()],
+        layout[1][0]: [
+            (STAGES[k], styles[k], k, "best feature") for k in ("pre-trained", "low")
+        ],
+        barrier: [
+            ("train", "o-", "low to high", "train barrier"),
+            ("test", "s-", "low to high", "test barrier"),
+        ],
     }
-    for name, label in labels.items():
-        # In the legend of the largest alone.
-        what = "convergence threshold" if name == "test" else None
-        axes[name].axvline(threshold, color="k", ls=":", label=what)
-        axes[name].set(xscale="log", xlabel="rate of pre-training", ylabel=label)
-        axes[name].grid(alpha=0.3)
-        axes[name].legend(fontsize=9)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def by_rate(
-    groups: Sequence[Mapping[str, Any]], rates: Sequence[float]
-) -> dict[float, dict[str, dict[str, np.ndarray]]]:
-    """Results of groups of seeds, (seeds, rates, ...) each, as one per rate."""
-
-    def joined(stage: str, name: str, k: int) -> np.ndarray:
-        parts = [np.asarray(group[stage][name])[:, k] for group in groups]
-        return np.concatenate(parts).astype(np.float64)
-
-    return {
-        rate: {
-            stage: {name: joined(stage, name, k) for name in values}
-            for stage, values in groups[0].items()
-        }
-        for k, rate in enumerate(rates)
-    }
-
-
-def to_evidence(at: Mapping[str, Any]) -> dict[str, Any]:
-    """By seed, rounded; of the features the best, the second and the median."""
-    kept = {}
-    for stage, values in at.items():
-        columns = {name: array for name, array in values.items() if name != "features"}
-        if "features" in values:
-            columns |= {
-                f"{name} feature": nth_best(values["features"], n)
-                for name, n in (
-                    ("best", 1),
-                    ("second", 2),
-                    ("median", NUM_FEATURES // 2),
-                )
-            }
-        kept[stage] = {name: array.round(3) for name, array in columns.items()}
-    return kept
+    with harness.figure(path, layout, (9, 7)) as (_, axes):
+        for name, ax in axes.items():
+            for label, style, stage, what in curves[name]:
+                samples = [results[rate][stage][what] for rate in rates]
+                harness.curve(ax, rates, samples, style, label)
+            # In the legend of the largest alone.
+            label = "convergence threshold" if name == layout[0][0] else None
+            ax.axvline(threshold, color="k", ls=":", label=label)
+            ax.set(xscale="log", xlabel="rate of pre-training", ylabel=name)
+            ax.legend()
 
 
 def main() -> None:
     args = harness.parse_args(__doc__)
     budget, seeds = Budget(), SEEDS
-    survey: Sequence[float] = SURVEY
-    num_survey, num_thresholds = NUM_SURVEY_SEEDS, NUM_THRESHOLD_SEEDS
-    options: dict[str, Any] = {
-        "bounds": (1e-3, 3.2e-2),
-        "num_rates": 7,
-        "rtol": 0.05,
-        "target_loss": TARGET_LOSS,
-    }
+    survey, num_survey, num_thresholds = SURVEY, NUM_SURVEY_SEEDS, NUM_THRESHOLD_SEEDS
+    options: dict[str, Any] = {"bounds": (1e-3, 3.2e-2), "num_rates": 7}
+    options |= {"rtol": 0.05, "target_loss": TARGET_LOSS}
     if args.smoke:
         budget = Budget(64, 50, 20, 64, 8, spacing=1)
         seeds, survey, num_survey, num_thresholds = seeds[:2], (), 0, 1
         options |= {"bounds": (1e-3, 1.0), "num_rates": 3, "target_loss": 0.1}
-        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
-    kind = "smoke" if args.smoke else "full"
-    parts = args.out / "parts" / "large_rate_regimes" / kind
-    jobs: dict[str, Callable[[], Any]] = {}
-    for name, rates, some in (
-        ("compared", COMPARED, seeds),
-        ("survey", survey, seeds[:num_survey]),
-    ):
-        for k in range(0, len(some), GROUP):
-            group = some[k : k + GROUP]
-            jobs[f"{name}-{group[0]}"] = functools.partial(
-                run_group, group, rates, budget
-            )
-    for seed in seeds[:num_thresholds]:
-        jobs[f"threshold-{seed}"] = functools.partial(
-            find_threshold, seed, budget, **options
+    results: dict[float, Any] = {}
+    for rates, some in ((COMPARED, seeds), (survey, seeds[:num_survey])):
+        groups = [tuple(some[k : k + GROUP]) for k in range(0, len(some), GROUP)]
+        done = harness.sweep(
+            functools.partial(run_group, budget),
+            [(rates, group) for group in groups],
+            args.parts / "runs",
         )
-    with harness.progress(len(jobs)) as begin:
-
-        def run(name: str) -> dict[str, Any]:
-            begin(name)
-            return harness.resumable(parts / f"{name}.json", jobs[name], without=UNUSED)
-
-        found = dict(zip(jobs, harness.in_threads(run, jobs), strict=True))
-
-    def parts_of(name: str) -> list[Any]:
-        return [part for job, part in found.items() if job.startswith(name)]
-
-    results = by_rate(parts_of("compared"), COMPARED)
-    results |= by_rate(parts_of("survey"), survey)
-    thresholds = [part["threshold"] for part in parts_of("threshold")]
-    claims = judge(results)
-    rows = table(results)
+        results |= by_rate([*done.values()], rates)
+    searched = harness.sweep(
+        functools.partial(find_threshold, budget, **options),
+        [(seed,) for seed in seeds[:num_thresholds]],
+        args.parts / "thresholds",
+    )
+    thresholds = [found["threshold"] for found in searched.values()]
     steps = f"{budget.pretrain_steps} + {budget.finetune_steps}"
-    command = "python benchmarks/large_rate_regimes.py"
+    at_above = [results[ABOVE][k]["test"] for k in ("pre-trained", "low", "SWA20")]
     harness.report(
+        args,
         "large_rate_regimes",
-        "Tick task, by rate of pre-training: accuracies in %, means over n seeds; "
-        "differences ± s.e. (n, won:lost); best single feature → after "
-        f"{LOW:g}; barrier (train, test, in points) and angle from {LOW:g} to "
-        f"{HIGH:g}; threshold {min(thresholds):.2g} to {max(thresholds):.2g} "
-        f"(n={len(thresholds)})",
-        rows,
+        "Tick task, by rate of pre-training: accuracies in %; threshold "
+        f"{min(thresholds):.2g} to {max(thresholds):.2g} (n={len(thresholds)})",
+        [
+            {"rate": f"{rate:g}"}
+            | {"train": harness.mean_and_std(at["pre-trained"]["train"])}
+            | {name: harness.mean_and_std(at[k]["test"]) for k, name in STAGES.items()}
+            for rate, at in sorted(results.items())
+        ],
         {
             "seeds": list(seeds),
             "rates": {
-                f"{rate:g}": to_evidence(at) for rate, at in sorted(results.items())
+                f"{rate:g}": jax.tree.map(lambda array: array.round(3), at)
+                for rate, at in sorted(results.items())
             },
-            "thresholds": parts_of("threshold"),
+            "thresholds": [*searched.values()],
         },
-        args.out,
-        {
-            "question": "What becomes of training above the convergence threshold?",
-            "arms": f"{ABOVE:g}, then {LOW:g}, averaged / {DIRECT:g} throughout",
-            "steps": steps,
-            "mean ± std (n)": ", ".join(
-                harness.mean_and_std(results[rate][stage]["test"])
-                for rate, stage in (
-                    (ABOVE, "pre-trained"),
-                    (ABOVE, "low"),
-                    (ABOVE, "SWA20"),
-                    (DIRECT, "pre-trained"),
-                )
-            )
-            + " %",
-            "cost": f"{budget.finetune_steps} steps of fine-tuning, none of averages",
-            "command": command,
-        },
+        "What becomes of training above the convergence threshold?",
+        f"{ABOVE:g}, then {LOW:g}, averaged / {DIRECT:g} throughout",
+        steps,
+        harness.mean_and_std(*at_above, results[DIRECT]["pre-trained"]["test"]) + " %",
+        f"{budget.finetune_steps} steps of fine-tuning, none of averages",
     )
+    claims = judge(results)
     verdicts = {claim.claim: claim.holds for claim in claims if claim.asked}
+    words = {None: "", True: "holds", False: "not confirmed"}
     harness.report(
+        args,
         "large_rate_claims",
         f"Seven claims of Sadrtdinov et al. (2024) on {len(seeds)} seeds: points of "
         "accuracy, mean ± s.e. (n, won:lost)",
@@ -696,28 +508,20 @@ def main() -> None:
                 "arm": claim.claim,
                 "measured": str(claim.measured),
                 "asked": claim.asked,
-                "verdict": claim.verdict,
+                "verdict": words[claim.holds],
             }
             for claim in claims
         ],
         {"verdicts": verdicts},
-        args.out,
-        {
-            "question": "Which claims about large rates hold on the tick task?",
-            "arms": ", ".join(claim[:1] for claim, holds in verdicts.items() if holds)
-            + f" of {len(verdicts)} hold",
-            "steps": steps,
-            "mean ± std (n)": "± s.e.: "
-            + "; ".join(
-                f"{claim.claim[:1]}: {claim.measured}"
-                for claim in claims
-                if claim.asked
-            ),
-            "cost": "none",
-            "command": command,
-        },
+        "Which claims about large rates hold on the tick task?",
+        ", ".join(claim[:1] for claim, holds in verdicts.items() if holds)
+        + f" of {len(verdicts)} hold",
+        steps,
+        "± s.e.: "
+        + "; ".join(f"{c.claim[:1]}: {c.measured}" for c in claims if c.asked),
+        "none",
     )
-    threshold = math.exp(np.mean(np.log(thresholds)))
+    threshold = np.exp(np.mean(np.log(thresholds)))
     draw(results, threshold, args.out / "large_rate_regimes.png")
 
 

@@ -23,8 +23,8 @@ place, with as large a sum far behind. Without noise in the labels all gradients
 at a minimum: SGD leaves only those that are too sharp for its rate.
 """
 
+import functools
 import itertools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,16 +42,6 @@ START_NORM, NOISE = 3.0, 0.5
 LARGE, SMALL = 1e-2, 2e-4
 LENGTHS = (0, 100, 300, 1000, 3000, 10_000, 20_000)
 COOLDOWN = 4000
-# Modules of the package and of the benchmarks that this one does not use.
-UNUSED = (
-    "plotting",
-    "groups",
-    "large_rate_regimes",
-    "late_decay_training",
-    "overhead",
-    "range_test_quality",
-    "transfer",
-)
 
 # --- the model ------------------------------------------------------------------------
 
@@ -83,12 +73,12 @@ def make_problem(seed: int) -> Problem:
     return Problem(*(array.astype(np.float32) for array in arrays))
 
 
-def to_alpha(w: Any) -> jax.Array:
+def to_alpha(w) -> jax.Array:
     """What the model multiplies its inputs with."""
     return jnp.linalg.norm(w) ** GAMMA * w
 
 
-def to_w(alpha: Any) -> jax.Array:
+def to_w(alpha) -> jax.Array:
     return alpha / jnp.linalg.norm(alpha) ** (GAMMA / (GAMMA + 1))
 
 
@@ -133,17 +123,15 @@ def draw_examples(num_seeds: int, num_steps: int) -> Examples:
 
 
 @jax.jit
-def train(
-    problems: Problem, examples: Examples, rates: Any, noise: Any, num_steps: Any
-) -> jax.Array:
+def train(problems, examples, rates, noise, num_steps) -> jax.Array:
     """(seeds, dim) alphas at the end; one program for all arms, so rates are padded."""
     tx = osc.scale_by_learning_rate(lambda count: rates[count])
 
-    def loss_fn(w: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    def loss_fn(w, x, y) -> jax.Array:
         return 0.5 * (to_alpha(w) @ x - y) ** 2
 
-    def run(problem: Problem, examples: Examples) -> jax.Array:
-        def step(count: Any, state: Any) -> Any:
+    def run(problem, examples) -> jax.Array:
+        def step(count, state) -> Any:
             w, opt_state = state
             chosen = examples.chosen[count]
             y = problem.labels[chosen] + noise * examples.noise[count]
@@ -157,11 +145,11 @@ def train(
     return jax.vmap(run)(problems, examples)
 
 
-def measure(problems: Problem, alphas: Any) -> dict[str, np.ndarray]:
+def measure(problems, alphas) -> dict[str, np.ndarray]:
     """(seeds,) each; NaN where the run diverged."""
     alphas = np.asarray(alphas, np.float64)
 
-    def distance(others: Any) -> np.ndarray:
+    def distance(others) -> np.ndarray:
         return np.linalg.norm(alphas - others, axis=1)
 
     return {
@@ -186,23 +174,8 @@ SAME_SQUARES = (Arm(5e-3, 4000), Arm(2.5e-3, 16_000))
 CLEAN = [Arm(rate, 3000, 0.0, 1e-3, 2000) for rate in (3e-3, 1.2e-2, 1.6e-2, 2e-2)]
 
 
-def as_floats(values: Any) -> np.ndarray:
-    """With NaN for None, as what is not finite comes back."""
-    return np.asarray(values, np.float64)
-
-
-def is_stable(result: Mapping[str, Any]) -> np.ndarray:
-    return np.isfinite(as_floats(result["norm"]))
-
-
-def quartiles(values: Any) -> np.ndarray:
-    """Lower, median, upper, over the runs that did not diverge."""
-    return np.nanpercentile(as_floats(values), [25, 50, 75])
-
-
-def show(values: Any) -> str:
-    low, median, high = quartiles(values)
-    return f"{median:.4f} ({low:.3f} to {high:.3f})"
+def is_stable(norms) -> np.ndarray:
+    return np.isfinite(np.asarray(norms, np.float64))
 
 
 def verdicts(test_losses: Mapping[int, float]) -> dict[str, bool]:
@@ -217,55 +190,36 @@ def verdicts(test_losses: Mapping[int, float]) -> dict[str, bool]:
     }
 
 
-def draw(
-    found: Mapping[Arm, Mapping[str, Any]],
-    late: Mapping[int, Arm],
-    travel: Mapping[float, Sequence[Arm]],
-    shortest: Mapping[str, Any],
-    path: pathlib.Path,
-) -> None:
-    import matplotlib
+def draw(found, late, travel, shortest, path) -> None:
+    with harness.figure(path, [["left", "right"]], (9, 4)) as (_, axes):
+        left, right = axes.values()
+        for k, (name, values) in enumerate(shortest.items()):
+            label = name + " to the minimum norm" * (name == "distance")
+            spread = [harness.quartiles(found[arm][name]) for arm in late.values()]
+            low, median, high = np.transpose(spread)
+            left.plot([*late], median, "o-", color=f"C{k}", label=label)
+            left.fill_between([*late], low, high, color=f"C{k}", alpha=0.2)
+            if name != "distance":
+                left.axhline(np.median(values), color=f"C{k}", ls="--", lw=1)
+        left.plot([], [], "k--", lw=1, label="of the minimum-norm interpolator")
+        left.set_xscale("symlog", linthresh=100, linscale=0.5)
+        left.set(yscale="log", xlabel=f"steps at {LARGE:g} before the decay, T1")
+        left.set_ylabel("at the end: median, quartiles")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(9, 4), dpi=150, layout="constrained"
-    )
-    names = {
-        "norm": "norm",
-        "distance": "distance to the minimum norm",
-        "test loss": "test loss",
-    }
-    for k, (name, label) in enumerate(names.items()):
-        spread = np.array([quartiles(found[arm][name]) for arm in late.values()]).T
-        left.plot([*late], spread[1], "o-", color=f"C{k}", label=label)
-        left.fill_between([*late], spread[0], spread[2], color=f"C{k}", alpha=0.2)
-        if name != "distance":
-            left.axhline(np.median(shortest[name]), color=f"C{k}", ls="--", lw=1)
-    left.set_xscale("symlog", linthresh=100, linscale=0.5)
-    left.set(yscale="log", xlabel=f"steps at {LARGE:g} before the decay, T1")
-    left.set_ylabel("at the end: median, quartiles")
-    left.plot([], [], "k--", lw=1, label="of the minimum-norm interpolator")
-    left.legend(fontsize=9, loc="lower left")
-
-    by_rate = {LARGE: [arm for arm in late.values() if arm.steps]} | dict(travel)
-    for k, (rate, arms) in enumerate(by_rate.items()):
-        medians = [quartiles(found[arm]["test loss"])[1] for arm in arms]
-        squares = [np.sum(arm.rates**2) for arm in arms]
-        right.plot(squares, medians, "osD"[k] + "-", label=f"rate {rate:g}")
-    right.axhline(np.median(shortest["test loss"]), color="k", ls="--", lw=1)
-    right.set(xscale="log", yscale="log", xlabel="sum of squared rates over the run")
-    right.set_ylabel("test loss at the end, median")
-    right.legend(fontsize=9)
-    lengths = [0, 100, 1000, 10_000]
-    left.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    for axes, ticks in ((left, [0.1, 0.3, 1, 3]), (right, [0.3, 0.5, 1, 2])):
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.savefig(path)
-    pyplot.close(figure)
+        by_rate = {LARGE: [arm for arm in late.values() if arm.steps]} | dict(travel)
+        for marker, (rate, arms) in zip("osD", by_rate.items(), strict=False):
+            medians = [harness.quartiles(found[arm]["test loss"])[1] for arm in arms]
+            squares = [np.sum(arm.rates**2) for arm in arms]
+            right.plot(squares, medians, marker + "-", label=f"rate {rate:g}")
+        right.axhline(np.median(shortest["test loss"]), color="k", ls="--", lw=1)
+        right.set(xscale="log", yscale="log", ylabel="test loss at the end, median")
+        right.set_xlabel("sum of squared rates over the run")
+        lengths = [0, 100, 1000, 10_000]
+        left.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        for ax, ticks in ((left, [0.1, 0.3, 1, 3]), (right, [0.3, 0.5, 1, 2])):
+            ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            ax.minorticks_off()
+            ax.legend()
 
 
 def main() -> None:
@@ -279,15 +233,13 @@ def main() -> None:
     if args.smoke:
         short = {"then_steps": 50}
         num_seeds = 4
-        late = {n: Arm(LARGE, n)._replace(**short) for n in (0, 30, 300)}
-        travel = {5e-3: [Arm(5e-3, 100)._replace(**short)]}
-        control = Arm(SMALL, 300)._replace(**short)
+        late = {n: Arm(LARGE, n, **short) for n in (0, 30, 300)}
+        travel = {5e-3: [Arm(5e-3, 100, **short)]}
+        control = Arm(SMALL, 300, **short)
         groups = {"clean labels": [CLEAN[1]._replace(steps=100, **short)]}
     drawn = [make_problem(seed) for seed in range(num_seeds)]
     problems = Problem(*map(np.stack, zip(*drawn, strict=True)))
     shortest = measure(problems, problems.minimum_norm)
-    kind = "smoke" if args.smoke else "full"
-    parts = args.out / "parts" / "late_decay_minimum_norm" / kind
     rows_of = {
         **{f"T1 = {length}": arm for length, arm in late.items()},
         "small rate alone": control,
@@ -300,42 +252,33 @@ def main() -> None:
     arms = dict.fromkeys([*rows_of.values(), *itertools.chain(*travel.values())])
     longest = max(arm.num_steps for arm in arms)
     examples = draw_examples(num_seeds, longest)
-    with harness.progress(len(arms)) as begin:
 
-        def run(arm: Arm) -> dict[str, Any]:
-            begin(f"{arm.rate:g} for {arm.steps} steps")
+    def run(arm: Arm) -> dict[str, np.ndarray]:
+        rates = np.pad(arm.rates, (0, longest - arm.num_steps))
+        alphas = train(problems, examples, rates, arm.noise, arm.num_steps)
+        return measure(problems, alphas)
 
-            def compute() -> dict[str, np.ndarray]:
-                rates = np.pad(arm.rates, (0, longest - arm.num_steps))
-                setting = rates, arm.noise, arm.num_steps
-                return measure(problems, train(problems, examples, *setting))
+    done = harness.sweep(run, [(arm,) for arm in arms], args.parts)
+    found = {arm: kept for (arm,), kept in done.items()}
 
-            return harness.resumable(
-                parts / ("-".join(map(str, arm)) + ".json"),
-                compute,
-                without=UNUSED,
-            )
-
-        found = dict(zip(arms, harness.in_threads(run, arms), strict=True))
-
+    show = functools.partial(harness.median_and_quartiles, digits=3)
     rows = [
         {
             "arm": name,
             "sum of rates": f"{arm.rates.sum():.3g}",
             "of squares": f"{np.sum(arm.rates**2):.3g}",
-            **{key: show(found[arm][key]) for key in shortest},
-            "stable (%)": f"{100 * is_stable(found[arm]).mean():.0f}",
+            **{key: show(values) for key, values in found[arm].items()},
+            "stable (%)": f"{100 * is_stable(found[arm]['norm']).mean():.0f}",
         }
         for name, arm in rows_of.items()
     ]
-    rows.append(
-        {"arm": "minimum-norm interpolator", "sum of rates": "", "of squares": ""}
-        | {key: show(values) for key, values in shortest.items()}
-        | {"stable (%)": ""}
-    )
-    medians = {n: quartiles(found[arm]["test loss"])[1] for n, arm in late.items()}
+    of_shortest = {key: show(values) for key, values in shortest.items()}
+    rows.append(dict.fromkeys(rows[0], "") | {"arm": "minimum norm"} | of_shortest)
+    median_of = {arm: harness.quartiles(found[arm]["test loss"])[1] for arm in arms}
+    medians = {length: median_of[arm] for length, arm in late.items()}
     held = verdicts(medians)
     harness.report(
+        args,
         "late_decay_minimum_norm",
         f"{LARGE:g} for T1 steps, then {SMALL:g} for {COOLDOWN}; medians (quartiles) "
         f"of {num_seeds} seeds, of those stable",
@@ -345,20 +288,14 @@ def main() -> None:
             "verdicts": held,
             "arms": [arm._asdict() | found[arm] for arm in arms],
         },
-        args.out,
-        {
-            "question": "Does a large rate that is kept for longer lead to the "
-            "minimum-norm solution?",
-            "arms": f"{LARGE:g} for T1 = {', '.join(map(str, late))} steps, then "
-            f"{SMALL:g}",
-            "steps": f"T1 + {COOLDOWN}",
-            "mean ± std (n)": "test loss, median: "
-            + ", ".join(f"{median:.3f}" for median in medians.values())
-            + f" (n={num_seeds}); of the minimum norm "
-            f"{np.median(shortest['test loss']):.3f}",
-            "cost": "no step more than the largest T1",
-            "command": "python benchmarks/late_decay_minimum_norm.py",
-        },
+        "Does a large rate that is kept for longer lead to the minimum-norm solution?",
+        f"{LARGE:g} for T1 = {', '.join(map(str, late))} steps, then {SMALL:g}",
+        f"T1 + {COOLDOWN}",
+        "test loss, median: "
+        + ", ".join(f"{median:.3f}" for median in medians.values())
+        + f" (n={num_seeds}); of the minimum norm "
+        f"{np.median(shortest['test loss']):.3f}",
+        "no step more than the largest T1",
     )
     for claim, holds in held.items():
         print(f"{claim}: {'holds' if holds else 'DOES NOT HOLD'}")

@@ -30,64 +30,43 @@ Without CIFAR-10, a small MLP with batch norm learns scikit-learn's digits, in a
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import data
 import harness
 import jax
 import jax.numpy as jnp
-import networks
 import numpy as np
 import optax
 import tasks
 from flax import nnx
-from jax import lax
 from jax.flatten_util import ravel_pytree
 
 import optax_superconv as osc
 
-NUM_SEEDS, NUM_TUNING_SEEDS = 5, 2
+SEEDS, TUNING_SEEDS = range(100, 105), range(1000, 1002)
 RATES = [0.05, 0.1, 0.2, 0.4, 0.8]
 PERCENTS = (5, 10, 20, 50)
 TUNED = 20  # Of these, the cooldown that the constant rate is chosen by.
 WEIGHT_DECAY = 5e-4
 WEIGHTS = ("last", "recalibrated", "ema", "lawa")
-# Modules that are not used here.
-OTHERS = ("groups", "overhead", "plotting", "range_test_quality", "transfer")
 
 
 class Setup(NamedTuple):
-    """What is trained, on what, for how long.
+    """What is trained, on what, for how long."""
 
-    Attributes:
-      task: Its held-out images are those that rates are chosen by.
-      test: Images that are reported.
-      lengths: Of the runs, in steps.
-      warmup_steps: Of all rates but the one cycle's.
-      chunk: Steps of one call; a divisor of all lengths, cooldowns and warm-ups.
-    """
-
-    task: tasks.Task
-    test: data.Batch
-    lengths: tuple[int, ...]
-    warmup_steps: int
-    chunk: int
+    task: tasks.Task  # its held-out images are those that rates are chosen by
+    test: data.Batch  # images that are reported
+    lengths: tuple[int, ...]  # of the runs, in steps
+    warmup_steps: int  # of all rates but the one cycle's
+    chunk: int  # steps of one call; divides all lengths, cooldowns and warm-ups
 
 
 def cifar10(path: pathlib.Path) -> Setup:
-    images, test = data.load_cifar10(path, num_train=20_000, side=16)
-    name = "JPEG CIFAR-10" if path.suffix == ".npz" else "CIFAR-10"
-    task = tasks.Task(
-        f"{name} 16x16, ResNet-9",
-        lambda rngs: networks.ResNet9(4, rngs=rngs),
-        tasks.cross_entropy,
-        (images[0][:10_000], images[1][:10_000]),
-        (images[0][10_000:], images[1][10_000:]),
-        64,
-        2400,
-        data.flip_and_shift,
-    )
+    task = tasks.cifar10_resnet(path, 20_000, None)
+    train, held_out = zip(*(np.split(array, 2) for array in task.train), strict=True)
+    test, task = task.held_out, task._replace(train=train, held_out=held_out)
     return Setup(task, test, (600, 1200, 2400), 90, 30)
 
 
@@ -111,9 +90,6 @@ def digits(smoke: bool) -> Setup:
     return Setup(task, test, lengths, warmup_steps, chunk)
 
 
-# --- optimizers -----------------------------------------------------------------------
-
-
 def averages(setup: Setup) -> optax.GradientTransformation:
     """The last n steps of (n ** 2/3), and the last five snapshots."""
     every = setup.chunk
@@ -123,9 +99,7 @@ def averages(setup: Setup) -> optax.GradientTransformation:
     )
 
 
-def make_tx(
-    setup: Setup, schedule: str, num_steps: int, rate: Any
-) -> optax.GradientTransformation:
+def make_tx(setup: Setup, schedule: str, num_steps: int, rate) -> Any:
     """SGD with Nesterov momentum, whose rate is constant, a cosine, or one cycle."""
     if schedule == "one-cycle":
         one_cycle = osc.onecycle_sgd(rate, num_steps, weight_decay=WEIGHT_DECAY)
@@ -169,110 +143,69 @@ def forks(key: Key, lengths: Iterable[int], percents: Iterable[int]) -> dict[str
     }
 
 
-def cool_down(state: Any, num_steps: int) -> Any:
+def cool_down(state, num_steps) -> Any:
     params, other, opt_state = state
     return params, other, osc.start_cooldown(opt_state, num_steps)
 
 
-class Runner(NamedTuple):
-    """Runs with one schedule.
-
-    Attributes:
-      setup: What is trained.
-      make_tx: ``rate -> optimizer``.
-      training: Jitted functions of both.
-      start: ``seed -> state``, for any optimizer; it takes as long to compile as a run.
-    """
-
-    setup: Setup
-    make_tx: Callable[[Any], optax.GradientTransformation]
-    training: tasks.Training
-    start: Callable[[int], Any]
-
-    def begin(self, seed: int) -> Any:
-        params, other, _ = self.start(seed)
-        return params, other, self.make_tx(1.0).init(params)
-
-    def advance(self, state: Any, rate: float, seed: int, begin: int, end: int) -> Any:
-        """From step to step; a step's batch is the seed's, whatever ran before."""
-        chunk, longest = self.setup.chunk, self.setup.lengths[-1]
-        assert (end - begin) % chunk == 0
-        order = tasks.batch_indices(self.setup.task, 2 * longest, seed)
-        for k in range(begin, end, chunk):
-            state, _ = self.training.run(
-                state, np.float32(rate), order[k : k + chunk], seed * 10**6 + k
-            )
-        return state
-
-    def branches(
-        self,
-        rate: float,
-        seed: int,
-        points: Mapping[str, Fork],
-        measure: Callable[[Any], Any],
-    ) -> dict[str, Any]:
-        """What ``measure`` gives at the ends of cooldowns off one and the same run."""
-        state, at, found = self.begin(seed), 0, {}
-        for name, (begin, steps) in sorted(points.items(), key=lambda p: p[1]):
-            state = self.advance(state, rate, seed, at, begin)
-            at, branch = begin, state
-            if steps:
-                branch = cool_down(state, steps)
-                branch = self.advance(branch, rate, seed, begin, begin + steps)
-            found[name] = measure(branch)
-        return found
+def advance(setup, training, state, rate, seed: int, begin: int, end: int) -> Any:
+    """From step to step; a step's batch is the seed's, whatever ran before."""
+    assert (end - begin) % setup.chunk == 0
+    order = tasks.batch_indices(setup.task, 2 * setup.lengths[-1], seed)
+    for k in range(begin, end, setup.chunk):
+        chosen, key = order[k : k + setup.chunk], seed * 10**6 + k
+        state, _ = training.run(state, np.float32(rate), chosen, key)
+    return state
 
 
-def make_runners(setup: Setup, keys: Iterable[Key]) -> dict[Key, Runner]:
-    start = tasks.make_training(setup.task, lambda rate: optax.identity()).start
-    makers = {key: functools.partial(make_tx, setup, *key) for key in keys}
-    return {
-        key: Runner(setup, maker, tasks.make_training(setup.task, maker), start)
-        for key, maker in makers.items()
-    }
+def run_branches(
+    setup, training, rate, seed, points: Mapping[str, Fork], measure
+) -> dict[str, Any]:
+    """What ``measure`` gives at the ends of cooldowns off one and the same run."""
+    run = functools.partial(advance, setup, training)
+    state, at, found = training.start(seed), 0, {}
+    for name, (begin, steps) in sorted(points.items(), key=lambda p: p[1]):
+        state = run(state, rate, seed, at, begin)
+        at, branch = begin, state
+        if steps:
+            branch = cool_down(state, steps)
+            branch = run(branch, rate, seed, begin, begin + steps)
+        found[name] = measure(setup, branch)
+    return found
 
 
-class Tester:
-    """Measures weights: accuracy in % and loss."""
+def recalibrated(network: tasks.Network, params, stats, batches) -> Any:
+    """The batch statistics that belong to ``params``."""
 
-    def __init__(self, setup: Setup):
-        self.setup = setup
-        # The shapes of a network compile faster than its weights.
-        network = nnx.eval_shape(lambda: setup.task.make_model(nnx.Rngs(0)))
-        self.graph = nnx.graphdef(network)
-        self.score = jax.jit(self._score)
+    def forward(params, stats, images) -> Any:
+        model = network.model(params, stats)
+        model(images)
+        return nnx.state(model, nnx.BatchStat)
 
-    def _score(self, params: Any, other: Any, batch: data.Batch) -> jax.Array:
-        def forward(image: jax.Array) -> jax.Array:
-            model = nnx.merge(self.graph, params, other, copy=True)
-            model.eval()
-            return model(image[None])[0]
+    update_fn = jax.tree_util.Partial(forward, params)
+    return osc.recalibrate_batch_stats(update_fn, stats, batches)
 
-        logits = lax.map(forward, batch[0], batch_size=500)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-        accuracy = 100 * jnp.mean(logits.argmax(-1) == batch[1])
-        return jnp.stack([accuracy, losses.mean()])
 
-    def last(self, state: Any) -> np.ndarray:
-        """On the images that rates are chosen by."""
-        return np.asarray(self.score(*state[:2], self.setup.task.held_out))
+def score(setup: Setup, state) -> np.ndarray:
+    """Accuracy in % and loss on the images that rates are chosen by."""
+    network = tasks.network_of(setup.task.make_model)
+    return np.asarray(network.score(*state[:2], setup.task.held_out))
 
-    def all(self, state: Any) -> dict[str, np.ndarray]:
-        """On the images that are reported, of ``WEIGHTS``."""
-        params, other, opt_state = state
-        model = nnx.merge(self.graph, params, other, copy=True)
-        images = self.setup.task.train[0][:2000]
-        batches = [images[k : k + 500] for k in range(0, len(images), 500)]
-        scores = {}
-        for name in WEIGHTS:
-            if name in ("ema", "lawa"):
-                params = osc.eval_params(opt_state, state[0], name=name)
-            if name != "last":
-                other = osc.recalibrate_batch_stats(
-                    model, params, batches, num_passes=1
-                )
-            scores[name] = np.asarray(self.score(params, other, self.setup.test))
-        return scores
+
+def scores_of(setup: Setup, state) -> dict[str, np.ndarray]:
+    """The same on the images that are reported, of ``WEIGHTS``."""
+    network = tasks.network_of(setup.task.make_model)
+    params, other, opt_state = state
+    images = setup.task.train[0][:2000]
+    batches = [images[k : k + 500] for k in range(0, len(images), 500)]
+    found = {}
+    for name in WEIGHTS:
+        if name in ("ema", "lawa"):
+            params = osc.eval_params(opt_state, state[0], name=name)
+        if name != "last":
+            other = recalibrated(network, params, state[1], batches)
+        found[name] = np.asarray(network.score(params, other, setup.test))
+    return found
 
 
 # --- the plane ------------------------------------------------------------------------
@@ -285,27 +218,27 @@ def main_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return centre, directions[:2], scales[:2] ** 2 / np.sum(scales**2)
 
 
-def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
+def plane(setup: Setup, training, rate: float, seed: int) -> dict[str, Any]:
     """A run, and branches that drop its rate, in the plane of their two directions.
 
     Losses are on 2000 images of each kind, with the batch statistics of these images.
     """
-    setup = runner.setup
+    run = functools.partial(advance, setup, training)
     length, chunk = setup.lengths[-1], setup.chunk
     cooldown, *at = (length * k // 8 // chunk * chunk for k in (1, 1, 2, 3, 4, 6, 8))
-    state = runner.begin(seed)
+    state = training.start(seed)
     other = state[1]
     unravel = ravel_pytree(state[0])[1]
 
-    def follow(state: Any, begin: int, end: int) -> tuple[Any, np.ndarray]:
+    def follow(state, begin, end) -> tuple[Any, np.ndarray]:
         """Weights before, and after every second chunk."""
         points = [ravel_pytree(state[0])[0]]
         for k in range(begin, end, 2 * chunk):
-            state = runner.advance(state, rate, seed, k, min(k + 2 * chunk, end))
+            state = run(state, rate, seed, k, min(k + 2 * chunk, end))
             points.append(ravel_pytree(state[0])[0])
         return state, np.array(points)
 
-    state = runner.advance(state, rate, seed, 0, at[0])
+    state = run(state, rate, seed, 0, at[0])
     path, branches = [], []
     for begin, end in zip(at, [*at[1:], length], strict=True):
         branch = cool_down(state, cooldown)
@@ -313,10 +246,10 @@ def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
         state, points = follow(state, begin, end)
         path.append(points)
     centre, directions, shares = main_plane(np.concatenate([*path, *branches]))
-    path, *branches_in_plane = [
+    path, *in_plane = (
         (points - centre) @ directions.T for points in (np.concatenate(path), *branches)
-    ]
-    drawn = np.concatenate([path, *branches_in_plane])
+    )
+    drawn = np.concatenate([path, *in_plane])
     low, high = drawn.min(0), drawn.max(0)
     margin = 0.15 * (high - low)
     axes = np.linspace(low - margin, high + margin, 21).T  # (2, 21)
@@ -324,9 +257,9 @@ def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
     batches = [(x[:2000], y[:2000]) for x, y in (setup.task.train, setup.test)]
 
     @jax.jit
-    def losses_at(weights: jax.Array) -> jax.Array:
+    def losses_at(weights) -> jax.Array:
         params = unravel(weights)
-        return jnp.stack([runner.training.loss_fn(params, other, b) for b in batches])
+        return jnp.stack([training.loss_fn(params, other, b) for b in batches])
 
     losses = np.array([losses_at(weights) for weights in grid])
     return {
@@ -335,7 +268,7 @@ def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
         "train": losses[:, 0].reshape(21, 21),
         "test": losses[:, 1].reshape(21, 21),
         "path": path,
-        "branches": branches_in_plane,
+        "branches": in_plane,
         "at": at,
         # Of the weights, off the plane: (branch, before and after, train and test).
         "losses": [[losses_at(branch[k]) for k in (0, -1)] for branch in branches],
@@ -347,44 +280,29 @@ def plane(runner: Runner, rate: float, seed: int) -> dict[str, Any]:
 Scores = dict[str, dict[str, np.ndarray]]  # "arm, length", weights: (seeds, 2)
 
 
-def with_error(differences: np.ndarray, digits: int = 2) -> str:
-    """Mean ± standard error."""
-    n = len(differences)
-    error = differences.std(ddof=1) / n**0.5 if n > 1 else np.nan
-    return f"{differences.mean():+.{digits}f} ± {error:.{digits}f}"
-
-
-def best_rate(tuning: np.ndarray, rates: Sequence[float]) -> float:
-    """By mean accuracy, of (rates, seeds, accuracy and loss)."""
-    return rates[int(tuning[..., 0].mean(1).argmax())]
-
-
 def table(
-    scores: Scores,
-    lengths: Sequence[int],
-    best: Mapping[Key, float],
-    rates: Sequence[float],
+    scores: Scores, lengths: Sequence[int], best: Mapping[Key, float], rates
 ) -> list[dict[str, Any]]:
     """A row per length and arm."""
     arms = list(dict.fromkeys(name.split(", ")[0] for name in scores))
     rows = []
     for length, arm in itertools.product(lengths, arms):
-        weights = scores[f"{arm}, {length}"]
-        accuracy, loss = weights["last"].T
-        less = (weights["last"] - scores[f"cosine, {length}"]["last"]).T
+        weights, cosine = scores[f"{arm}, {length}"], scores[f"cosine, {length}"]
+        (accuracy, loss), cosines = weights["last"].T, cosine["last"].T
         rate = best.get((arm, length), best["constant", lengths[-1]])
-        at_edge = rate in (rates[0], rates[-1])
+        less_accuracy = harness.paired(accuracy, cosines[0]).short()
+        less_loss = harness.paired(loss, cosines[1]).short(3)
         row = {
             "steps": length,
             "arm": arm,
-            "peak rate": f"{rate:g}" + " (edge)" * at_edge,
+            "peak rate": harness.show_rate(rate, rates),
             "accuracy (%)": harness.mean_and_std(accuracy),
-            "less cosine": "" if arm == "cosine" else with_error(less[0]),
-            "loss": harness.mean_and_std(loss, 3).split(" (")[0],
-            "less cosine's": "" if arm == "cosine" else with_error(less[1], 3),
+            "less cosine": less_accuracy * (arm != "cosine"),
+            "loss": harness.mean_and_std(loss, digits=3).split(" (")[0],
+            "less cosine's": less_loss * (arm != "cosine"),
         }
         for name in WEIGHTS[1:]:
-            row[name] = with_error(weights[name][:, 0] - accuracy)
+            row[name] = harness.paired(weights[name][:, 0], accuracy).short()
         rows.append(row)
     return rows
 
@@ -399,120 +317,87 @@ def costs(lengths: Sequence[int], num_tuning: int, num_seeds: int) -> list[int]:
     ]
 
 
-def draw_lengths(setup: Setup, scores: Scores, path: pathlib.Path) -> None:
+def draw_lengths(setup: Setup, scores: Scores, path) -> None:
     """Accuracy and loss over the steps of a run, mean and standard error."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     arms = dict.fromkeys(name.split(", ")[0] for name in scores)
     lines = [(arm, "last") for arm in arms] + [("constant", k) for k in WEIGHTS[2:]]
     styles = {"cosine": "ks-", "one-cycle": "ks--"}
-    seeds = 0
-    for k, (arm, weights) in enumerate(lines):
-        values = np.stack([scores[f"{arm}, {n}"][weights] for n in setup.lengths])
-        mean, seeds = values.mean(1), values.shape[1]
-        error = values.std(1) / max(seeds - 1, 1) ** 0.5
-        steps = np.array(setup.lengths) * 1.01 ** (k - len(lines) / 2)  # Side by side.
-        style = styles.get(arm, "o-" if weights == "last" else "o:")
-        label = arm if weights == "last" else f"{arm}, {weights}"
-        for ax, y, bar in zip(axes, mean.T, error.T, strict=True):
-            ax.errorbar(steps, y, bar, fmt=style, markersize=4, label=label)
-    for ax, what in zip(axes, ("test accuracy (%)", "test loss"), strict=True):
-        ax.set(xscale="log", xlabel="steps of the run", ylabel=what)
-        ax.set_xticks(setup.lengths, list(map(str, setup.lengths)))
-        ax.minorticks_off()
-    axes[0].legend(fontsize="small")
-    figure.suptitle(f"{setup.task.name}: mean ± s.e. of {seeds} seeds")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    layout = [["test accuracy (%)", "test loss"]]
+    with harness.figure(path, layout, (11, 4.6)) as (figure, axes):
+        for k, (arm, weights) in enumerate(lines):
+            steps = np.array(setup.lengths) * 1.01 ** (k - len(lines) / 2)  # Apart.
+            style = styles.get(arm, "o-" if weights == "last" else "o:")
+            label = arm if weights == "last" else f"{arm}, {weights}"
+            for part, ax in enumerate(axes.values()):
+                samples = [
+                    scores[f"{arm}, {n}"][weights][:, part] for n in setup.lengths
+                ]
+                harness.curve(ax, steps, samples, style, label)
+        for what, ax in axes.items():
+            ax.set(xscale="log", xlabel="steps of the run", ylabel=what)
+            ax.set_xticks(setup.lengths, list(map(str, setup.lengths)))
+            ax.minorticks_off()
+        axes["test accuracy (%)"].legend()
+        seeds = len(scores[f"constant, {setup.lengths[-1]}"]["last"])
+        figure.suptitle(f"{setup.task.name}: mean ± s.e. of {seeds} seeds")
 
 
-def draw_plane(setup: Setup, found: Mapping[str, Any], path: pathlib.Path) -> None:
+def draw_plane(setup: Setup, found: Mapping[str, Any], path) -> None:
     """The main path and its branches over both losses."""
-    from matplotlib import pyplot as plt
-
-    shape: Any = {"figsize": (12.5, 5.4), "layout": "constrained"}
-    figure, axes = plt.subplots(1, 2, sharex=True, sharey=True, **shape)
     losses = np.array(found["losses"], float)
     shares = [f"{100 * share:.0f} % of the variance" for share in found["shares"]]
-    for k, (ax, part) in enumerate(zip(axes, ("train", "test"), strict=True)):
-        grid = np.array(found[part], float)
-        levels = np.geomspace(np.nanmin(grid), np.nanmax(grid), 20)
-        filled = ax.contourf(*found["axes"], grid, levels)
-        figure.colorbar(filled, ax=ax, format="%.2f")
-        ax.plot(*np.transpose(found["path"]), "w.-", linewidth=1, label="constant rate")
-        for n, branch in enumerate(found["branches"]):
-            before, after = losses[n, :, k]
-            label = f"cooldown at {found['at'][n]}: {before:.2f} to {after:.2f}"
-            ax.plot(*np.transpose(branch), color=f"C{n + 1}", label=label)
-            ax.plot(*branch[-1], "*", color=f"C{n + 1}", markersize=12)
-        ax.set(title=f"{part} loss", xlabel=f"first direction, {shares[0]}")
-        ax.legend(fontsize="x-small", facecolor="0.8")
-    axes[0].set_ylabel(f"second direction, {shares[1]}")
-    figure.suptitle(f"{setup.task.name}: one run and cooldowns, in its main plane")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with harness.figure(path, [["train", "test"]], (12.5, 5.4)) as (figure, axes):
+        for k, (part, ax) in enumerate(axes.items()):
+            grid = np.array(found[part], float)
+            levels = np.geomspace(np.nanmin(grid), np.nanmax(grid), 20)
+            filled = ax.contourf(*found["axes"], grid, levels)
+            figure.colorbar(filled, ax=ax, format="%.2f")
+            ax.plot(*np.transpose(found["path"]), "w.-", label="constant rate")
+            for n, branch in enumerate(found["branches"]):
+                before, after = losses[n, :, k]
+                label = f"cooldown at {found['at'][n]}: {before:.2f} to {after:.2f}"
+                ax.plot(*np.transpose(branch), color=f"C{n + 1}", label=label)
+                ax.plot(*branch[-1], "*", color=f"C{n + 1}", markersize=12)
+            ax.set(title=f"{part} loss", xlabel=f"first direction, {shares[0]}")
+            ax.grid(visible=False)
+            ax.legend(fontsize="x-small", facecolor="0.8")
+        axes["train"].set_ylabel(f"second direction, {shares[1]}")
+        figure.suptitle(f"{setup.task.name}: one run and cooldowns, in its main plane")
 
 
 def main() -> None:
-    args = harness.parse_args(__doc__, data="CIFAR-10: an .npz of JPEGs or the archive")
-    rates, seeds = RATES, range(100, 100 + NUM_SEEDS)
-    tuning_seeds = range(1000, 1000 + NUM_TUNING_SEEDS)
+    args = harness.parse_args(__doc__, takes_data=True)
+    rates, seeds, tuning_seeds = RATES, SEEDS, TUNING_SEEDS
     if args.smoke:
         rates, seeds, tuning_seeds = rates[1:3], seeds[:2], tuning_seeds[:1]
-        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
     setup = digits(args.smoke) if args.data is None else cifar10(args.data)
-    kind = "smoke" if args.smoke else "digits" if args.data is None else "cifar10"
     schedules = ("cosine",) if args.smoke else ("cosine", "one-cycle")
-    parts = args.out / "parts" / "late_decay_training" / kind
     lengths = setup.lengths
     # Long runs first; neighbours, which run together, are different programs.
     constant = "constant", lengths[-1]
     keys = [(k, n) for n in lengths[::-1] for k in schedules]
     keys.insert(1, constant)
-    runners = make_runners(setup, keys)
-    tester = Tester(setup)
-    tuning = [(key, r, s) for r in rates for s in tuning_seeds for key in keys]
-    jobs: list[tuple[Key, int | None]] = [(constant, None)]  # The plane.
-    jobs += [(key, seed) for key in keys for seed in seeds]
-    with harness.progress(len(tuning) + len(jobs)) as begin:
+    trainings = {
+        key: tasks.Training(setup.task, functools.partial(make_tx, setup, *key))
+        for key in keys
+    }
 
-        def part(name: str, compute: Callable[[], Any]) -> Any:
-            begin(name)
-            path = parts / f"{name.replace(' ', '_')}.json"
-            return harness.resumable(path, compute, without=OTHERS)
+    def tuning_run(key: Key, rate: float, seed: int) -> np.ndarray:
+        points = forks(key, [key[1]], [TUNED])
+        run = setup, trainings[key], rate, seed, points, score
+        (found,) = run_branches(*run).values()
+        return found
 
-        def tune(job: tuple[Key, float, int]) -> Any:
-            key, rate, seed = job
-            points = forks(key, lengths, [TUNED])
-            return part(
-                "{} {}, {:g}, seed {}".format(*key, rate, seed),
-                lambda: runners[key].branches(rate, seed, points, tester.last),
-            )
+    def run(key: Key, seed: int) -> dict[str, Any]:
+        points = forks(key, lengths, [0, *PERCENTS])
+        return run_branches(setup, trainings[key], best[key], seed, points, scores_of)
 
-        def measure(job: tuple[Key, int | None]) -> Any:
-            key, seed = job
-            runner, rate = runners[key], best[key]
-            if seed is None:
-                return part("plane", lambda: plane(runner, rate, seeds[0]))
-            points = forks(key, lengths, [0, *PERCENTS])
-            return part(
-                "{} {}, seed {}".format(*key, seed),
-                lambda: runner.branches(rate, seed, points, tester.all),
-            )
-
-        tuned = dict(zip(tuning, harness.in_threads(tune, tuning), strict=True))
-        grids = {
-            f"{key[0]}, {length}": np.array(
-                [[tuned[key, r, s][name] for s in tuning_seeds] for r in rates], float
-            )
-            for key in keys
-            for name in forks(key, lengths, [TUNED])
-            for length in [int(name.split(", ")[1])]
-        }
-        best = {key: best_rate(grids["{}, {}".format(*key)], rates) for key in keys}
-        measured = dict(zip(jobs, harness.in_threads(measure, jobs), strict=True))
-
+    best, tuning = harness.tune(tuning_run, keys, rates, tuning_seeds, args.parts)
+    measured = harness.sweep(run, itertools.product(keys, seeds), args.parts / "runs")
+    in_plane = harness.resumable(
+        args.parts / "plane.json",
+        lambda: plane(setup, trainings[constant], best[constant], seeds[0]),
+    )
     scores: Scores = {
         name: {
             weights: np.array([measured[key, s][name][weights] for s in seeds], float)
@@ -521,45 +406,37 @@ def main() -> None:
         for key in sorted(keys, key=lambda key: key[0] == "constant")
         for name in forks(key, lengths, [0, *PERCENTS])
     }
-    rows = table(scores, lengths, best, rates)
+
     separate, together = costs(lengths, len(rates) * len(tuning_seeds), len(seeds))
-    headline = [
-        with_error(
-            scores[f"{arm_name(TUNED)}, {n}"]["last"][:, 0]
-            - scores[f"cosine, {n}"]["last"][:, 0]
-        )
+    less = [
+        harness.paired(
+            scores[f"{arm_name(TUNED)}, {n}"]["last"][:, 0],
+            scores[f"cosine, {n}"]["last"][:, 0],
+        ).short()
         for n in lengths
     ]
     harness.report(
+        args,
         "late_decay_training",
         f"{setup.task.name}, batches of {setup.task.batch_size}: mean ± s.d. (n), "
         "differences ± s.e.; recalibrated, ema, lawa: accuracy less that of the last "
         "weights with their running statistics. Steps in all, tuning "
         f"included: {separate:,} of cosine, {together:,} of {arm_name(TUNED)}s",
-        rows,
+        table(scores, lengths, best, rates),
         {
             "rates": rates,
-            "tuning": grids,
+            "tuning": {"{}, {}".format(*key): grid for key, grid in tuning.items()},
             "scores": scores,
-            "plane": measured[constant, None],
+            "plane": in_plane,
         },
-        args.out,
-        {
-            "question": "Does one run with cooldowns replace a cosine per length?",
-            "arms": f"{TUNED} % cooldown less cosine",
-            "steps": ", ".join(map(str, lengths)),
-            "mean ± std (n)": ", ".join(headline)
-            + f" points of accuracy (± s.e., n={len(seeds)})",
-            "cost": f"{together / separate:.2f} of the steps, with tuning",
-            "command": "python benchmarks/late_decay_training.py"
-            + (" --data CIFAR10" if args.data else ""),
-        },
+        "Does one run with cooldowns replace a cosine per length?",
+        f"{TUNED} % cooldown less cosine",
+        ", ".join(map(str, lengths)),
+        ", ".join(less) + f" points of accuracy (± s.e., n={len(seeds)})",
+        f"{together / separate:.2f} of the steps, with tuning",
     )
-    import matplotlib
-
-    matplotlib.use("Agg")
     draw_lengths(setup, scores, args.out / "late_decay_training.png")
-    draw_plane(setup, measured[constant, None], args.out / "late_decay_plane.png")
+    draw_plane(setup, in_plane, args.out / "late_decay_plane.png")
 
 
 if __name__ == "__main__":

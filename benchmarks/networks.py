@@ -30,15 +30,9 @@ def conv_3x3(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.
     return functools.reduce(jnp.add, products)
 
 
-def conv(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (3, 3),
-        use_bias=False,
-        conv_general_dilated=conv_3x3,
-        rngs=rngs,
-    )
+conv = functools.partial(
+    nnx.Conv, kernel_size=(3, 3), use_bias=False, conv_general_dilated=conv_3x3
+)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -65,7 +59,7 @@ class CNN(nnx.Module):
 
     def __init__(self, *widths: int, num_classes: int, rngs: nnx.Rngs):
         pairs = itertools.pairwise(widths)
-        self.convs = nnx.List(conv(i, o, rngs) for i, o in pairs)
+        self.convs = nnx.List(conv(i, o, rngs=rngs) for i, o in pairs)
         self.norms = nnx.List(nnx.LayerNorm(o, rngs=rngs) for o in widths[1:])
         self.head = nnx.Linear(widths[-1], num_classes, rngs=rngs)
 
@@ -79,7 +73,7 @@ class ConvNorm(nnx.Module):
     """Convolution, batch norm, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
-        self.conv = conv(inputs, outputs, rngs)
+        self.conv = conv(inputs, outputs, rngs=rngs)
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -117,16 +111,7 @@ class ResNet9(nnx.Module):
 class Transformer(nnx.Module):
     """Pre-norm decoder: predicts each next token."""
 
-    def __init__(
-        self,
-        vocabulary: int,
-        length: int,
-        width: int,
-        depth: int,
-        heads: int = 4,
-        *,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, vocabulary, length, width, depth, heads=4, *, rngs):
         self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.positions = nnx.Embed(length, width, rngs=rngs)
         self.blocks = nnx.List(

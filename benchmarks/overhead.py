@@ -1,24 +1,30 @@
-"""The dials are free: one-cycle costs what ``optax.adamw`` with a constant rate costs.
+"""The dials are free, and so are rates per group: they cost what ``optax.adamw`` costs.
 
-On a tree of 576 leaves, a step of ``onecycle_adamw``, or of ``late_decay_adamw`` with
-its trigger, takes at most 1.10 times that of ``optax.adamw`` and its state is at most
-4 KiB larger; ``inject_hyperparams`` with the same schedules is there for comparison. An
-average is not free: it reads and writes a copy of the parameters. A range test of 100
-steps takes at most 1.05 times the same 100 jitted steps run bare.
+On a tree of 576 leaves, 48 blocks of 12, a step takes at most 1.10 times that of
+``optax.adamw``, and the state is at most 4 KiB larger:
+
+- of ``onecycle_adamw``, and of ``late_decay_adamw`` with its trigger;
+  ``inject_hyperparams`` with the same schedules is there for comparison. An average is
+  not free: it reads and writes a copy of the parameters.
+- of Adam with weight decay and ``scale_by_group`` for 48 groups, of ``onecycle_adamw``
+  with it, and of ``fine_tune_adamw``. These take at most 1.5 times as long to trace and
+  compile, too, which the last one misses. From 1 to 200 groups this hardly grows;
+  ``optax.partition`` of an optimizer per group is there for comparison.
+
+A range test of 100 steps takes at most 1.05 times the same 100 jitted steps run bare.
 
     python benchmarks/overhead.py [--smoke] [--out FOLDER]
 
-All arms are interleaved in one process, in random order; a ratio is the median over
-rounds of the ratio within a round, with quartiles. The arm that repeats another shows
-how far from 1 noise alone takes a ratio.
+All arms of a table are interleaved in one process, in random order, but for
+``partition``, which has fewer rounds, with an ``optax.adamw`` of its own; a ratio is
+the median over rounds of the ratio within a round, with quartiles. The arm that repeats
+another shows how far from 1 noise alone takes a ratio.
 """
-
-# Its arms take whatever the others take.
-# pyright: reportMissingParameterType=false
 
 import functools
 import itertools
 import statistics
+from typing import Any, NamedTuple
 
 import harness
 import jax
@@ -28,11 +34,13 @@ import optax
 
 import optax_superconv as osc
 
-TOTAL_STEPS = 1000
+BASE = "optax.adamw"
+TOTAL_STEPS, FREEZE_STEPS = 1000, 100
 PEAK = 1e-3
+multipliers_of = functools.partial(osc.layerwise_multipliers, decay=0.9)
 
 
-def make_params(blocks: int, width: int) -> dict:
+def make_params(blocks, width) -> dict[str, dict[str, jax.Array]]:
     """Blocks of 12 leaves each, in the shapes of a small transformer."""
     matrix, vector = (width, width), (width,)
     shapes = {
@@ -54,19 +62,46 @@ def make_params(blocks: int, width: int) -> dict:
     }
 
 
-def matrices_only(params):
+def mlps_of(params) -> dict[str, dict[str, jax.Array]]:
+    """Two matrices and a vector of each block, so that 200 of them have 600 leaves."""
+    names = ("mlp_up", "mlp_down", "mlp_bias")
+    return {block: {k: leaves[k] for k in names} for block, leaves in params.items()}
+
+
+# --- optimizers, all with the same decay of the same leaves ---------------------------
+
+
+def matrices_only(params) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def make_optimizers() -> dict[str, optax.GradientTransformation]:
-    """Three that decay the same leaves by the same amount."""
-    adamw = functools.partial(
-        optax.adamw, b2=0.99, weight_decay=1e-2, mask=matrices_only
+def adamw(rate=PEAK) -> Any:
+    return optax.adamw(rate, b2=0.99, weight_decay=1e-2, mask=matrices_only)
+
+
+def grouped_adamw(labels) -> Any:
+    """``optax.adamw`` in its parts, with a factor per group."""
+    return optax.chain(
+        optax.scale_by_adam(b2=0.99),
+        optax.add_decayed_weights(1e-2, matrices_only),
+        osc.scale_by_group(multipliers_of, labels),
+        osc.scale_by_learning_rate(PEAK),
     )
+
+
+def partitioned_adamw(labels) -> Any:
+    """An ``optax.adamw`` per group."""
+    each = {k: adamw(PEAK * m) for k, m in multipliers_of(labels).items()}
+    return optax.partition(each, labels)
+
+
+def dials() -> dict[str, Any]:
+    late_decay = functools.partial(osc.late_decay_adamw, PEAK, None)
+    ema, lawa = osc.ema_params(0.999), osc.lawa_params(3, every=10)
     injected = optax.inject_hyperparams(optax.adamw, static_args=("mask",))
     return {
-        "optax.adamw": adamw(PEAK, b1=0.9),
-        "optax.adamw again": adamw(PEAK, b1=0.9),
+        BASE: adamw(),
+        "optax.adamw again": adamw(),
         "inject_hyperparams(optax.adamw)": injected(
             osc.onecycle_schedule(PEAK, TOTAL_STEPS),
             b1=osc.onecycle_momentum_schedule(TOTAL_STEPS),
@@ -75,29 +110,43 @@ def make_optimizers() -> dict[str, optax.GradientTransformation]:
             mask=matrices_only,
         ),
         "onecycle_adamw": osc.onecycle_adamw(PEAK, TOTAL_STEPS),
-        "late_decay_adamw, open-ended": osc.late_decay_adamw(PEAK, None),
-        "late_decay_adamw, EMA": osc.late_decay_adamw(
-            PEAK, None, average=osc.ema_params(0.999)
+        "late_decay_adamw": late_decay(),
+        "late_decay_adamw with EMA": late_decay(average=ema),
+        "late_decay_adamw with LAWA of 3": late_decay(average=lawa),
+    }
+
+
+def groups(labels) -> dict[str, Any]:
+    one_cycle = osc.onecycle_adamw(PEAK, TOTAL_STEPS)
+    return {
+        BASE: adamw(),
+        "optax.adamw again": adamw(),
+        "optax.adamw with scale_by_group": grouped_adamw(labels),
+        "fine_tune_adamw": osc.fine_tune_adamw(
+            PEAK, TOTAL_STEPS, labels, decay=0.9, freeze_steps=FREEZE_STEPS
         ),
-        "late_decay_adamw, LAWA of 3": osc.late_decay_adamw(
-            PEAK, None, average=osc.lawa_params(3, every=10)
+        "onecycle_adamw with scale_by_group": optax.chain(
+            one_cycle, osc.scale_by_group(multipliers_of, labels)
         ),
     }
 
 
-def update_arm(tx, params, steps):
+# --- what is timed --------------------------------------------------------------------
+
+
+def update_arm(tx, params, steps) -> Any:
     """Runs ``steps`` jitted updates on from where it stopped, all buffers donated."""
     grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(carry, grads):
+    def update(carry, grads) -> Any:
         params, state = carry
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     carry = jax.tree.map(jnp.copy, params), tx.init(params)
 
-    def run():
+    def run() -> Any:
         nonlocal carry
         for _ in range(steps):
             carry = update(carry, grads)
@@ -106,24 +155,23 @@ def update_arm(tx, params, steps):
     return run
 
 
-def compile_arm(tx, params):
+def compile_arm(tx, params) -> Any:
     """Traces and compiles one update afresh."""
 
-    def run():
+    def run() -> None:
         state = jax.eval_shape(tx.init, params)
         jax.clear_caches()
         jax.jit(tx.update).lower(params, state, params).compile()
-        return ()
 
     return run
 
 
-def state_bytes(tx, params):
+def state_bytes(tx, params) -> int:
     state = jax.eval_shape(tx.init, params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def range_test_arms(num_steps):
+def range_test_arms(num_steps) -> dict[str, Any]:
     """A range test, and the same steps on the same ladder run bare."""
     rng = np.random.default_rng(0)
     sizes = (784, 512, 10)
@@ -137,17 +185,17 @@ def range_test_arms(num_steps):
     )
     low, high = 1e-6, 1e-2  # No divergence: every step is run.
 
-    def loss_fn(params, batch):
+    def loss_fn(params, batch) -> jax.Array:
         inputs, labels = batch
         logits = jax.nn.relu(inputs @ params[0]) @ params[1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
-    def step_fn(params, learning_rate, batch):
+    def step_fn(params, learning_rate, batch) -> Any:
         loss, grads = jax.value_and_grad(loss_fn)(params, batch)
         return jax.tree.map(lambda p, g: p - learning_rate * g, params, grads), loss
 
-    def bare():
+    def bare() -> list[jax.Array]:
         state, losses = params, []
         rates = np.geomspace(low, high, num_steps, dtype=np.float32)
         for rate in jax.device_put(list(rates)):
@@ -155,114 +203,167 @@ def range_test_arms(num_steps):
             losses.append(loss)
         return losses
 
-    def tested():
-        result = osc.range_test(
-            step_fn,
-            params,
-            [batch],
-            min_value=low,
-            max_value=high,
-            num_steps=num_steps,
-        )
+    def tested() -> None:
+        options: Any = {"min_value": low, "max_value": high, "num_steps": num_steps}
+        result = osc.range_test(step_fn, params, [batch], **options)
         assert len(result.losses) == num_steps
-        return ()
 
     return {"bare": bare, "bare again": bare, "range_test": tested}
 
 
-def main() -> None:
-    args = harness.parse_args(__doc__)
-    blocks, width, steps, rounds, compiles, num_steps = (
-        (4, 8, 2, 2, 1, 20) if args.smoke else (48, 64, 10, 100, 5, 100)
-    )
-    params = make_params(blocks, width)
-    optimizers = make_optimizers()
-    if args.smoke:
-        for name in ("optax.adamw again", "late_decay_adamw, LAWA of 3"):
-            del optimizers[name]
-        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
-    arms = {name: update_arm(tx, params, steps) for name, tx in optimizers.items()}
-    seconds = harness.interleave(arms, rounds)
-    compile_arms = {name: compile_arm(tx, params) for name, tx in optimizers.items()}
-    compile_seconds = harness.interleave(compile_arms, compiles)
-    extra_bytes = {name: state_bytes(tx, params) for name, tx in optimizers.items()}
-    extra_bytes = {k: v - extra_bytes["optax.adamw"] for k, v in extra_bytes.items()}
-    ratios = harness.ratios(seconds, "optax.adamw")
-    compile_ratios = harness.ratios(compile_seconds, "optax.adamw")
+class Budget(NamedTuple):
+    steps: int  # in a round
+    rounds: int
+    compiles: int
+
+
+def measure(optimizers, params, budget) -> dict[str, dict[str, Any]]:
+    """Of each arm, all timed together: seconds, and ratios to the first arm."""
+    base, *_ = optimizers
+    arms = {k: update_arm(tx, params, budget.steps) for k, tx in optimizers.items()}
+    step = harness.interleave(arms, budget.rounds)
+    arms = {k: compile_arm(tx, params) for k, tx in optimizers.items()}
+    compilation = harness.interleave(arms, budget.compiles)
+    return {
+        name: {
+            "step": statistics.median(step[name]) / budget.steps,
+            "compile": statistics.median(compilation[name]),
+            "step ratios": np.divide(step[name], step[base]),
+            "compile ratios": np.divide(compilation[name], compilation[base]),
+            "extra bytes": state_bytes(tx, params)
+            - state_bytes(optimizers[base], params),
+            "seconds": step[name],
+            "compile seconds": compilation[name],
+        }
+        for name, tx in optimizers.items()
+    }
+
+
+# --- what comes out -------------------------------------------------------------------
+
+
+def report_arms(args, name, title, found, budget, question, told, base=BASE) -> None:
+    """``told``: the arms that the claim names, over the base. The first one's cost."""
+    told = [arm for arm in told if arm in found]
+    over = 1.0 if base == BASE else found[base]["step ratios"]
+    ratios = [found[arm]["step ratios"] / over for arm in told]
     rows = [
         {
-            "arm": name,
-            "step (ms)": f"{statistics.median(seconds[name]) / steps * 1e3:.2f}",
-            "step ratio": harness.show(ratios[name]),
-            "compile (s)": f"{statistics.median(compile_seconds[name]):.2f}",
-            "compile ratio": harness.show(compile_ratios[name]),
-            "state": f"{extra_bytes[name]:+d} bytes",
+            "arm": arm,
+            "step (ms)": f"{of['step'] * 1e3:.2f}",
+            "step ratio": harness.median_and_quartiles(of["step ratios"]),
+            "compile (s)": f"{of['compile']:.2f}",
+            "compile ratio": harness.median_and_quartiles(of["compile ratios"]),
+            "state": f"{of['extra bytes']:+d} bytes",
         }
-        for name in optimizers
+        for arm, of in found.items()
     ]
-    leaves = len(jax.tree.leaves(params))
     harness.report(
-        "overhead_step",
-        f"The dials against optax.adamw: {leaves} leaves of width {width}, {rounds} "
-        f"rounds of {steps} steps",
+        args,
+        name,
+        f"{title}, {budget.rounds} rounds of {budget.steps} steps",
         rows,
-        {
-            "ratios": ratios,
-            "compile_ratios": compile_ratios,
-            "extra_bytes": extra_bytes,
-            "seconds": seconds,
-            "compile_seconds": compile_seconds,
-        },
-        args.out,
-        {
-            "question": "Do the dials cost anything?",
-            "arms": "onecycle_adamw, late_decay_adamw, the same with an EMA, "
-            "inject_hyperparams(adamw) / adamw",
-            "steps": f"{steps} x {rounds}",
-            "mean ± std (n)": ", ".join(
-                harness.mean_and_std(np.divide(seconds[name], seconds["optax.adamw"]))
-                for name in (
-                    "onecycle_adamw",
-                    "late_decay_adamw, open-ended",
-                    "late_decay_adamw, EMA",
-                    "inject_hyperparams(optax.adamw)",
-                )
-            )
-            + " of a step",
-            "cost": f"{extra_bytes['onecycle_adamw']:+d} bytes of state",
-            "command": "python benchmarks/overhead.py",
-        },
+        {"arms": found},
+        question,
+        ", ".join(told) + f" / {base}",
+        f"{budget.steps} x {budget.rounds}",
+        harness.mean_and_std(*ratios) + " of a step",
+        f"{found[told[0]]['extra bytes']:+d} bytes of state",
     )
 
-    rounds = max(2, rounds // 2)
+
+def report_range_test(args, num_steps, rounds) -> None:
     seconds = harness.interleave(range_test_arms(num_steps), rounds)
-    ratios = harness.ratios(seconds, "bare")
-    rows = [
-        {
-            "arm": name,
-            f"{num_steps} steps (ms)": f"{statistics.median(seconds[name]) * 1e3:.1f}",
-            "ratio": harness.show(ratios[name]),
-        }
-        for name in seconds
-    ]
+    ratios = {arm: np.divide(seconds[arm], seconds["bare"]) for arm in seconds}
+    times = {arm: f"{statistics.median(seconds[arm]) * 1e3:.1f}" for arm in seconds}
     harness.report(
+        args,
         "overhead_range_test",
         f"Range test against the same {num_steps} steps run bare, {rounds} rounds",
-        rows,
+        [
+            {
+                "arm": arm,
+                f"{num_steps} steps (ms)": times[arm],
+                "ratio": harness.median_and_quartiles(ratios[arm]),
+            }
+            for arm in seconds
+        ],
         {"ratios": ratios, "seconds": seconds},
-        args.out,
-        {
-            "question": "Does a range test wait for the device?",
-            "arms": "range_test / the same steps run bare",
-            "steps": f"{num_steps} x {rounds}",
-            "mean ± std (n)": harness.mean_and_std(
-                np.divide(seconds["range_test"], seconds["bare"])
-            )
-            + " of the bare steps",
-            "cost": f"{statistics.median(seconds['range_test']) * 1e3:.0f} ms",
-            "command": "python benchmarks/overhead.py",
-        },
+        "Does a range test wait for the device?",
+        "range_test / the same steps run bare",
+        f"{num_steps} x {rounds}",
+        harness.mean_and_std(ratios["range_test"]) + " of the bare steps",
+        f"{times['range_test']} ms",
     )
+
+
+def main() -> None:
+    args = harness.parse_args(__doc__)
+    blocks, width, counts, num_steps = 48, 64, (1, 8, 48, 200), 100
+    budget, slow = Budget(10, 100, 5), Budget(10, 10, 3)
+    of_growth, slow_growth = Budget(10, 50, 3), Budget(2, 5, 1)
+    params = make_params(blocks, width)
+    of_dials, of_groups = dials(), groups(osc.label_by_depth())
+    if args.smoke:
+        blocks, width, counts, num_steps = 1, 8, (1,), 5
+        budget = slow = of_growth = slow_growth = Budget(2, 2, 1)
+        params = mlps_of(make_params(blocks, width))
+        # Less to compile.
+        of_dials = {arm: of_dials[arm] for arm in [*of_dials][::3]}
+        of_groups = {arm: of_groups[arm] for arm in [*of_groups][::3]}
+    leaves = f"{len(jax.tree.leaves(params))} leaves of width {width}"
+
+    report_arms(
+        args,
+        "overhead_step",
+        f"The dials against optax.adamw: {leaves}",
+        measure(of_dials, params, budget),
+        budget,
+        "Do the dials cost anything?",
+        [
+            "onecycle_adamw",
+            "late_decay_adamw",
+            "late_decay_adamw with EMA",
+            "inject_hyperparams(optax.adamw)",
+        ],
+    )
+
+    found = measure(of_groups, params, budget)
+    per_group = {
+        "partition(optax.adamw)": partitioned_adamw(osc.label_by_depth()(params))
+    }
+    theirs = measure({BASE: adamw()} | per_group, params, slow)
+    report_arms(
+        args,
+        "groups_step",
+        f"{blocks} groups against optax.adamw: {leaves}; limits: 1.10 for a step, 1.5 "
+        f"for trace + compile; {slow.rounds} rounds of partition",
+        theirs | found,
+        budget,
+        f"What do {blocks} groups cost?",
+        ["fine_tune_adamw", "optax.adamw with scale_by_group", *per_group],
+    )
+
+    params = mlps_of(make_params(max(counts), width))
+    depths = osc.label_by_depth()(params)
+    deepest = 1 + max(jax.tree.leaves(depths))
+    ours, theirs = {BASE: adamw(), "optax.adamw again": adamw()}, {BASE: adamw()}
+    for n in counts:
+        labels = jax.tree.map(lambda depth, n=n: depth * n // deepest, depths)
+        ours[f"scale_by_group, {n}"] = grouped_adamw(labels)
+        theirs[f"partition, {n}"] = partitioned_adamw(labels)
+    theirs = measure(theirs, params, slow_growth)
+    report_arms(
+        args,
+        "groups_growth",
+        f"Growth with the groups: {len(jax.tree.leaves(params))} leaves",
+        theirs | measure(ours, params, of_growth),
+        of_growth,
+        f"Does the cost grow from 1 to {counts[-1]} groups?",
+        [f"scale_by_group, {counts[-1]}"],
+        base="scale_by_group, 1",
+    )
+    report_range_test(args, num_steps, max(2, budget.rounds // 2))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ its ladder, smoothing and trimming. The probes' steps are not deducted from the 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import harness
 import jax
@@ -28,14 +29,10 @@ import optax
 import tasks
 
 import optax_superconv as osc
-from optax_superconv.finders._suggestions import Method
 
 NUM_SEEDS = 5
 MOMENTUM, B2 = 0.9, 0.99
-CYCLES: dict[str, Callable[..., Any]] = {
-    "sgd": osc.onecycle_sgd,
-    "adamw": osc.onecycle_adamw,
-}
+CYCLES: Any = {"sgd": osc.onecycle_sgd, "adamw": osc.onecycle_adamw}
 CONSTANT = {
     "sgd": lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True),
     "adamw": lambda rate: optax.adamw(rate, MOMENTUM, B2, weight_decay=1e-2),
@@ -56,22 +53,19 @@ REPORTING = {
     "least-squares": tasks.least_squares,
     "cancer-linear": tasks.cancer_linear,
 }
-
+METHODS = ("knee", "valley", "steepest", "minimum", "divergence")
 
 # --- what is run ----------------------------------------------------------------------
 
 
-def final_losses(
-    task: tasks.Task, optimizer: str, rates: np.ndarray, seeds: range
-) -> tuple[np.ndarray, list[float]]:
+def final_losses(task, optimizer, rates, seeds) -> tuple[np.ndarray, list[float]]:
     """(rates, seeds) held-out losses after one cycle, and (seeds) before it."""
     make_tx = functools.partial(CYCLES[optimizer], total_steps=task.num_steps)
-    training = tasks.make_training(task, make_tx)
-
+    training = tasks.Training(task, make_tx)
     starts = [training.start(seed) for seed in seeds]
     untrained = [float(training.held_out_loss(start)) for start in starts]
 
-    def run(member: tuple[float, int]) -> float:
+    def run(member) -> float:
         rate, seed = member
         indices = tasks.batch_indices(task, task.num_steps, seed)
         state, _ = training.run(starts[seed], np.float32(rate), indices, seed)
@@ -82,24 +76,24 @@ def final_losses(
     return losses, untrained
 
 
-def probes(
-    task: tasks.Task, optimizer: str, n: int, seeds: range
-) -> list[dict[str, Any]]:
+def probes(task, optimizer, n, seeds) -> list[dict[str, Any]]:
     """What each seed's probes of ``n`` steps give, all from its fresh start."""
-    training = tasks.make_training(task, CONSTANT[optimizer])
+    training = tasks.Training(task, CONSTANT[optimizer])
 
-    def run(seed: int) -> dict[str, Any]:
+    def run(seed) -> dict[str, Any]:
         state = training.start(seed)
-        test = functools.partial(osc.range_test, training.step, state)
+
+        def curve(seed, **options) -> dict[str, Any]:
+            found = osc.range_test(
+                training.step, state, training.batches(seed, n), num_steps=n, **options
+            )
+            names = ("learning_rates", "losses", "smoothed_losses", "diverged")
+            return {name: getattr(found, name) for name in names}
+
         return {
             # Three repeats for the median, in other orders of the batches.
-            "curves": [
-                test(training.batches(seed + 100 * k, n), num_steps=n)._asdict()
-                for k in range(3)
-            ],
-            "fastai": test(
-                training.batches(seed, n), min_value=1e-7, num_steps=n
-            )._asdict(),
+            "curves": [curve(seed + 100 * k) for k in range(3)],
+            "fastai": curve(seed, min_value=1e-7),
             "curvature": curvature_limit(training, state, seed, optimizer),
             "threshold": threshold(training, state, seed, n),
         }
@@ -107,11 +101,9 @@ def probes(
     return harness.in_threads(run, seeds)
 
 
-def curvature_limit(
-    training: tasks.Training, state: Any, seed: int, optimizer: str
-) -> float:
+def curvature_limit(training, state, seed, optimizer) -> float:
     """At the start, on one batch; Adam's second moment is that of 20 batches there."""
-    preconditioner = None
+    preconditioner, name = None, "nesterov"
     params, other, _ = state
     batches = training.batches(seed, 20)
     if optimizer == "adamw":
@@ -119,23 +111,18 @@ def curvature_limit(
             state, _ = training.step(state, 1e-12, batch)
         adam = optax.tree.get(state[2], "ScaleByAdamState")
         nu_hat = optax.tree.bias_correction(adam.nu, B2, adam.count)
-        preconditioner = jax.tree.map(lambda nu: jnp.sqrt(nu) + 1e-8, nu_hat)
+        preconditioner, name = (
+            jax.tree.map(lambda nu: jnp.sqrt(nu) + 1e-8, nu_hat),
+            "adam",
+        )
     found = osc.sharpness(
         training.loss_fn, params, other, batches[0], preconditioner=preconditioner
     )
-    limit = osc.stability_limit(
-        found,
-        optimizer="adam" if optimizer == "adamw" else "nesterov",
-        momentum=MOMENTUM,
-    )
-    return float(limit)
+    return float(osc.stability_limit(found, optimizer=name, momentum=MOMENTUM))
 
 
-def threshold(
-    training: tasks.Training, state: Any, seed: int, n: int
-) -> dict[str, Any]:
-    batches = training.batches(seed, n)
-    bounds = (1e-4, 100.0)
+def threshold(training, state, seed, n) -> dict[str, Any]:
+    batches, bounds = training.batches(seed, n), (1e-4, 100.0)
     try:
         found = osc.convergence_threshold(
             training.step, state, batches, bounds=bounds, num_steps=n
@@ -148,9 +135,7 @@ def threshold(
 # --- rules ----------------------------------------------------------------------------
 
 
-def fastai_curve(
-    curve: dict[str, Any], num_steps: int = 100
-) -> tuple[np.ndarray, np.ndarray]:
+def fastai_curve(curve, num_steps=100) -> tuple[np.ndarray, np.ndarray]:
     """Rates and losses as fast.ai's rules see them: up to 4 times the best, trimmed."""
     losses = np.asarray(curve["smoothed_losses"], np.float64)
     over = ~(losses <= 4 * np.fmin.accumulate(losses))
@@ -159,8 +144,9 @@ def fastai_curve(
     return np.asarray(curve["learning_rates"])[part], losses[part]
 
 
-def fastai_valley(rates: np.ndarray, losses: np.ndarray) -> float:
+def fastai_valley(curve) -> float:
     """Half-way along the longest run of falling losses, gaps allowed."""
+    rates, losses = fastai_curve(curve)
     longest = np.ones(len(losses), int)
     for i in range(1, len(losses)):
         lower = longest[:i][losses[i] < losses[:i]]
@@ -171,8 +157,9 @@ def fastai_valley(rates: np.ndarray, losses: np.ndarray) -> float:
     return rates[start + int(third) + int(third / 2)]
 
 
-def fastai_slide(rates: np.ndarray, losses: np.ndarray) -> float:
+def fastai_slide(curve) -> float:
     """Leftwards from the end, to where the slope changes by less than 0.005."""
+    rates, losses = fastai_curve(curve)
     slopes, right, found = np.gradient(losses), -1, rates[-16]
     while right - 15 >= -len(losses) and (
         abs(slopes[right] - slopes[right - 15]) > 0.005
@@ -182,103 +169,82 @@ def fastai_slide(rates: np.ndarray, losses: np.ndarray) -> float:
     return found
 
 
-def fastai_minimum(rates: np.ndarray, losses: np.ndarray) -> float:
+def fastai_minimum(curve) -> float:
+    rates, losses = fastai_curve(curve)
     return rates[losses.argmin()] / 10
 
 
-def fastai_steep(rates: np.ndarray, losses: np.ndarray) -> float:
+def fastai_steep(curve) -> float:
+    rates, losses = fastai_curve(curve)
     return rates[np.argmin(np.diff(losses) / np.diff(np.log(rates)))]
 
 
-def steepest_by_index(curve: dict[str, Any]) -> float:
-    """As in torch-lr-finder: of the running average but its first 10 and last 5."""
-    losses = np.asarray(curve["smoothed_losses"], np.float64)[10:-5]
-    return curve["learning_rates"][10 + int(np.nanargmin(np.gradient(losses)))]
+def steepest(curve, by_rate=False) -> float:
+    """As in torch-lr-finder, of the running average but its first 10 and last 5.
 
-
-def steepest_by_rate(curve: dict[str, Any]) -> float:
-    """The same, per unit of the rate instead of per step."""
+    Per step there; with ``by_rate`` per unit of the rate.
+    """
     losses = np.asarray(curve["smoothed_losses"], np.float64)[10:-5]
     rates = np.asarray(curve["learning_rates"])[10:-5]
-    return rates[int(np.nanargmin(np.gradient(losses, rates)))]
+    return rates[int(np.nanargmin(np.gradient(losses, *[rates] * by_rate)))]
 
 
-def as_result(curve: dict[str, Any]) -> osc.RangeTestResult:
-    arrays = {
-        k: np.array([np.nan if x is None else x for x in v], np.float64)
-        for k, v in curve.items()
-        if isinstance(v, list)
+def suggested(*curves, **options) -> float:
+    """By the package; what is not finite came back as None."""
+
+    def as_result(curve) -> osc.RangeTestResult:
+        names = ("learning_rates", "losses", "smoothed_losses")
+        arrays = {name: np.asarray(curve[name], np.float64) for name in names}
+        return osc.RangeTestResult(**arrays, diverged=curve["diverged"])
+
+    return osc.suggest_learning_rate([*map(as_result, curves)], **options)
+
+
+CURVE_RULES: dict[str, Callable[..., float]] = {
+    "fastai.valley": fastai_valley,
+    "fastai.slide": fastai_slide,
+    "fastai.minimum": fastai_minimum,
+    "fastai.steep": fastai_steep,
+    "steepest by index": steepest,
+    "steepest by rate": functools.partial(steepest, by_rate=True),
+    **{method: functools.partial(suggested, method=method) for method in METHODS},
+    "default": suggested,
+}
+
+
+def readings(probe) -> dict[str, tuple[float, int]]:
+    """By each rule: the rate that it reads off a probe, and what that took in steps."""
+
+    def read(rule, *curves) -> float:
+        try:
+            return float(rule(*curves))
+        except (ValueError, IndexError):
+            return np.nan
+
+    curve, limit = probe["curves"][0], probe["threshold"]
+    n = len(curve["losses"])
+    found = {
+        name: (read(rule, probe["fastai"] if "fastai" in name else curve), n)
+        for name, rule in CURVE_RULES.items()
     }
-    return osc.RangeTestResult(**{**curve, **arrays})
-
-
-def suggested(curve: dict[str, Any], **options: Any) -> float:
-    return osc.suggest_learning_rate(as_result(curve), **options)
-
-
-class Rule(NamedTuple):
-    """``read`` takes a probe's record; ``cost`` says how many steps that took."""
-
-    read: Callable[[dict[str, Any]], float]
-    cost: Callable[[dict[str, Any]], int]
-
-
-def make_rules() -> dict[str, Rule]:
-    def steps(probe: dict[str, Any]) -> int:
-        return len(probe["curves"][0]["losses"])
-
-    def of_curve(read: Callable[..., float]) -> Rule:
-        return Rule(lambda probe: read(probe["curves"][0]), steps)
-
-    rules = {}
-
-    def of_fastai(read: Callable[..., float]) -> Rule:
-        return Rule(lambda probe: read(*fastai_curve(probe["fastai"])), steps)
-
-    for rule in (fastai_valley, fastai_slide, fastai_minimum, fastai_steep):
-        rules[rule.__name__.replace("_", ".", 1)] = of_fastai(rule)
-    rules["steepest by index"] = of_curve(steepest_by_index)
-    rules["steepest by rate"] = of_curve(steepest_by_rate)
-    for method in get_args(Method):
-        rules[method] = of_curve(functools.partial(suggested, method=method))
-    rules["default"] = of_curve(suggested)
-    rules["default, median of 3"] = Rule(
-        lambda probe: osc.suggest_learning_rate(
-            [as_result(curve) for curve in probe["curves"]]
-        ),
-        lambda probe: 3 * steps(probe),
-    )
-
-    def of_threshold(factor: float) -> Rule:
-        return Rule(
-            lambda probe: factor * (probe["threshold"]["rate"] or np.nan),
-            lambda probe: probe["threshold"]["steps"],
-        )
-
+    found["default, median of 3"] = read(suggested, *probe["curves"]), 3 * n
     for factor in (0.5, 1, 1.5, 2, 3):
-        rules[f"threshold x {factor}"] = of_threshold(factor)
-    rules["curvature limit"] = Rule(lambda probe: probe["curvature"], lambda probe: 40)
-    return rules
+        rate = factor * (limit["rate"] or np.nan)
+        found[f"threshold x {factor}"] = rate, limit["steps"]
+    return found | {"curvature limit": (probe["curvature"] or np.nan, 40)}
 
 
 # --- what comes out -------------------------------------------------------------------
 
 
-def regrets(record: dict[str, Any], rule: Rule) -> tuple[list[float], list[float]]:
-    """Of each seed's probe: the rate that it suggests, and what that costs."""
+def regret(record, rate) -> float:
+    """The loss at a rate over that at the best of the grid."""
     means = np.mean(record["losses"], axis=1)
-    log_rates, log_losses = np.log(record["rates"]), np.log(means / means.min())
-    untrained = np.log(np.mean(record["untrained"]) / means.min())
-    picked, regret = [], []
-    for found in record["probes"]:
-        try:
-            rate = float(rule.read(found))
-        except (ValueError, IndexError):
-            rate = np.nan
-        picked.append(rate)
-        at_rate = np.interp(np.log(rate), log_rates, log_losses)
-        regret.append(float(np.exp(at_rate if np.isfinite(rate) else untrained)))
-    return picked, regret
+    if not np.isfinite(rate):
+        return float(np.mean(record["untrained"]) / means.min())
+    log_losses = np.log(means / means.min())
+    at_rate = np.interp(np.log(rate), np.log(record["rates"]), log_losses)
+    return float(np.exp(at_rate))
 
 
 def summary(values: Sequence[float]) -> str:
@@ -293,9 +259,7 @@ def spread(rates: Sequence[float]) -> float:
     return float(found.max() / found.min()) if found.size else np.nan
 
 
-def synthetic_spread(
-    noise: float, rule: Callable[[dict[str, Any]], float], families: int, draws: int
-) -> float:
+def synthetic_spread(noise, rule, families, draws) -> float:
     """5 to 95 % over noisy curves that fall by 1.8 around a rate of 10**-2.5.
 
     The worst of several families of draws.
@@ -311,16 +275,13 @@ def synthetic_spread(
         curve = {"losses": losses, "smoothed_losses": averages, "diverged": False}
         return rule({"learning_rates": rates} | curve)
 
-    spreads = []
-    for family in range(families):
-        found = [suggestion((family, seed)) for seed in range(draws)]
-        low, high = np.percentile(found, [5, 95])
-        spreads.append(high / low)
-    return float(max(spreads))
+    found = [[suggestion((k, seed)) for seed in range(draws)] for k in range(families)]
+    low, high = np.percentile(found, [5, 95], axis=1)
+    return float(np.max(high / low))
 
 
 def main() -> None:
-    args = harness.parse_args(__doc__, data="CIFAR-10: an .npz of JPEGs or the archive")
+    args = harness.parse_args(__doc__, takes_data=True)
     makers, every, n, seeds = CHOOSING | REPORTING, 1, 100, range(NUM_SEEDS)
     curves_each = (5, 200)
     if args.data is not None:
@@ -328,110 +289,83 @@ def main() -> None:
     if args.smoke:
         makers = {"cancer-linear": tasks.cancer_linear}
         every, n, seeds, curves_each = 8, 60, range(1), (1, 20)
-        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
-    parts = args.out / "parts" / ("smoke" if args.smoke else "range_test_quality")
-    records: dict[tuple[str, str], dict[str, Any]] = {}
-    with harness.progress(2 * len(makers)) as begin:
-        for name, make_task in makers.items():
-            for optimizer, grid in GRIDS.items():
-                begin(f"{name}, {optimizer}")
 
-                def compute(
-                    make_task: Callable[[], tasks.Task] = make_task,
-                    optimizer: str = optimizer,
-                    rates: np.ndarray = grid[::every],
-                ) -> dict[str, Any]:
-                    task = make_task()
-                    losses, untrained = final_losses(task, optimizer, rates, seeds)
-                    return {
-                        "rates": rates,
-                        "losses": losses,
-                        "untrained": untrained,
-                        "steps": task.num_steps,
-                        "probes": probes(task, optimizer, n, seeds),
-                    }
-
-                path = parts / f"{name}-{optimizer}.json"
-                # Suggestions are read off the curves afterwards.
-                records[name, optimizer] = harness.resumable(
-                    path, compute, without=("_suggestions", "plotting", "overhead")
-                )
-
-    rules = make_rules()
-    lengths = [record["steps"] for record in records.values()]
-    picked: dict[str, dict[str, list[float]]] = {}
-    regret: dict[str, dict[str, list[float]]] = {}
-    rows = []
-    for rule_name, rule in rules.items():
-        both = {key: regrets(record, rule) for key, record in records.items()}
-        picked[rule_name] = {" ".join(key): pair[0] for key, pair in both.items()}
-        regret[rule_name] = {" ".join(key): pair[1] for key, pair in both.items()}
-        all_probes = [p for record in records.values() for p in record["probes"]]
-        row = {
-            "rule": rule_name,
-            "steps": f"{np.mean([rule.cost(p) for p in all_probes]):.0f}",
-            "spread": f"{np.nanmedian([spread(p) for p, _ in both.values()]):.1f}",
-            "none": sum(not np.isfinite(r) for p, _ in both.values() for r in p),
+    def compute(name: str, optimizer: str) -> dict[str, Any]:
+        task, rates = makers[name](), GRIDS[optimizer][::every]
+        losses, untrained = final_losses(task, optimizer, rates, seeds)
+        return {
+            "rates": rates,
+            "losses": losses,
+            "untrained": untrained,
+            "steps": task.num_steps,
+            "probes": probes(task, optimizer, n, seeds),
         }
-        for optimizer in GRIDS:
-            for half, where in (("chose", True), ("report", False)):
-                row[f"{optimizer}: {half}"] = summary(
-                    [
-                        float(np.mean(pair[1]))
-                        for (name, o), pair in both.items()
-                        if o == optimizer and (name in CHOOSING) == where
-                    ]
-                )
+
+    # One after the other, as each has threads of its own.
+    members = itertools.product(makers, GRIDS)
+    found = harness.sweep(compute, members, args.parts, workers=1)
+    records = {" ".join(key): record for key, record in found.items()}
+
+    read = {key: [*map(readings, r["probes"])] for key, r in records.items()}
+    rules = [*next(iter(read.values()))[0]]
+    picked, regrets, rows, told = {}, {}, [], []
+    for rule in rules:
+        rates = {key: [found[rule][0] for found in read[key]] for key in records}
+        losses = {key: [regret(records[key], r) for r in rates[key]] for key in records}
+        steps = [found[rule][1] for probes in read.values() for found in probes]
+        row = {
+            "rule": rule,
+            "steps": f"{np.mean(steps):.0f}",
+            "spread": f"{np.nanmedian([*map(spread, rates.values())]):.1f}",
+            "none": sum(not np.isfinite(rate) for v in rates.values() for rate in v),
+        }
+        for optimizer, half in itertools.product(GRIDS, ("chose", "report")):
+            values = [
+                float(np.mean(losses[f"{name} {optimizer}"]))
+                for name in makers
+                if (name in CHOOSING) == (half == "chose")
+            ]
+            row[f"{optimizer}: {half}"] = summary(values)
+            if rule == "default" and half == "report":
+                told.append(f"{optimizer} {harness.mean_and_std(values)}")
         rows.append(row)
+        picked[rule], regrets[rule] = rates, losses
+    lengths = [record["steps"] for record in records.values()]
     harness.report(
+        args,
         "range_test_quality",
         "Held-out loss of one cycle at the suggested peak over that at the best of 17: "
         "geometric mean over tasks, worst task",
         rows,
         {
             "tasks": {
-                " ".join(key): {k: v for k, v in record.items() if k != "probes"}
+                key: {k: v for k, v in record.items() if k != "probes"}
                 for key, record in records.items()
             },
             "picked": picked,
-            "regret": regret,
+            "regret": regrets,
         },
-        args.out,
-        {
-            "question": "Which reading of a range test is a good peak for one cycle?",
-            "arms": f"{len(rules)} rules, {len(records)} tasks x optimizers",
-            "steps": f"{n} a test, {min(lengths)} to {max(lengths)} a run",
-            "mean ± std (n)": "regret of the default on the tasks that report it: "
-            + ", ".join(
-                f"{optimizer} "
-                + harness.mean_and_std(
-                    float(np.mean(values))
-                    for key, values in regret["default"].items()
-                    if key.endswith(optimizer) and key.split()[0] not in CHOOSING
-                )
-                for optimizer in GRIDS
-            ),
-            "cost": f"{n} steps",
-            "command": "python benchmarks/range_test_quality.py --data CIFAR10",
-        },
+        "Which reading of a range test is a good peak for one cycle?",
+        f"{len(rules)} rules, {len(records)} tasks x optimizers",
+        f"{n} a test, {min(lengths)} to {max(lengths)} a run",
+        "regret of the default on the tasks that report it: " + ", ".join(told),
+        f"{n} steps",
     )
 
-    curves: dict[str, Callable[[dict[str, Any]], float]] = {
-        method: functools.partial(suggested, method=method)
-        for method in get_args(Method)
-        if method != "divergence"
-    }
-    curves["default"] = suggested
-    curves["fastai.valley"] = lambda curve: fastai_valley(*fastai_curve(curve))
-    curves["fastai.slide"] = lambda curve: fastai_slide(*fastai_curve(curve))
+    names = (*METHODS[:-1], "default", "fastai.valley", "fastai.slide")
     spreads = {
         name: {
-            noise: synthetic_spread(noise, rule, *curves_each)
+            noise: synthetic_spread(noise, CURVE_RULES[name], *curves_each)
             for noise in (0.02, 0.05, 0.1, 0.2)
         }
-        for name, rule in curves.items()
+        for name in names
     }
+    told = [
+        ", ".join(f"{v:.2f}" for v in spreads[name].values())
+        for name in ("default", "fastai.valley")
+    ]
     harness.report(
+        args,
         "range_test_spread",
         "5 to 95 % of the suggestion over 200 noisy curves, high over low, worst of 5",
         [
@@ -439,18 +373,11 @@ def main() -> None:
             for name, values in spreads.items()
         ],
         {"spreads": spreads},
-        args.out,
-        {
-            "question": "How far does noise move a suggestion?",
-            "arms": "default / fast.ai's valley, noise of 0.02, 0.05, 0.1, 0.2 on 1.8",
-            "steps": "100",
-            "mean ± std (n)": "5 to 95 %, high over low, worst of 5 (n=200): "
-            + ", ".join(f"{v:.2f}" for v in spreads["default"].values())
-            + " / "
-            + ", ".join(f"{v:.2f}" for v in spreads["fastai.valley"].values()),
-            "cost": "none",
-            "command": "python benchmarks/range_test_quality.py",
-        },
+        "How far does noise move a suggestion?",
+        "default / fast.ai's valley, noise of 0.02, 0.05, 0.1, 0.2 on 1.8",
+        "100",
+        "5 to 95 %, high over low, worst of 5 (n=200): " + " / ".join(told),
+        "none",
     )
 
 

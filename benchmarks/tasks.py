@@ -33,59 +33,43 @@ class Task(NamedTuple):
     augment: Callable[[jax.Array, data.Batch], data.Batch] | None = None
 
 
-def cross_entropy(model: Any, batch: data.Batch) -> jax.Array:
+def cross_entropy(model, batch: data.Batch) -> jax.Array:
     logits = model(batch[0])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
-def squared_error(model: Any, batch: data.Batch) -> jax.Array:
+def squared_error(model, batch: data.Batch) -> jax.Array:
     return jnp.mean((model(batch[0]) - batch[1]) ** 2)
 
 
 # --- the tasks ------------------------------------------------------------------------
 
 
+def digits(name: str, network: Callable[..., Any], *, as_images: bool = False) -> Task:
+    parts = data.split(*data.load_digits(as_images), 1000)
+    return Task(name, lambda rngs: network(rngs=rngs), cross_entropy, *parts, 64, 1000)
+
+
 def digits_mlp() -> Task:
-    model = functools.partial(networks.MLP, 64, 64, 64, 10)
-    parts = data.split(*data.load_digits(), 1000)
-    return Task(
-        "digits, MLP", lambda rngs: model(rngs=rngs), cross_entropy, *parts, 64, 1000
-    )
-
-
-def digits_cnn() -> Task:
-    model = functools.partial(networks.CNN, 1, 16, 32, num_classes=10)
-    parts = data.split(*data.load_digits(as_images=True), 1000)
-    return Task(
-        "digits, CNN", lambda rngs: model(rngs=rngs), cross_entropy, *parts, 64, 1000
-    )
-
-
-def digits_autoencoder() -> Task:
-    model = functools.partial(networks.MLP, 64, 48, 12, 48, 64, activation=nnx.tanh)
-    images, _ = data.load_digits()
-    parts = data.split(images, images, 1000)
-    return Task(
-        "digits, autoencoder",
-        lambda rngs: model(rngs=rngs),
-        squared_error,
-        *parts,
-        64,
-        1000,
-    )
+    return digits("digits, MLP", functools.partial(networks.MLP, 64, 64, 64, 10))
 
 
 def digits_deep_mlp() -> Task:
-    model = functools.partial(networks.MLP, 64, *[32] * 6, 10)
-    parts = data.split(*data.load_digits(), 1000)
-    return Task(
-        "digits, deep MLP",
-        lambda rngs: model(rngs=rngs),
-        cross_entropy,
-        *parts,
-        64,
-        1000,
-    )
+    network = functools.partial(networks.MLP, 64, *[32] * 6, 10)
+    return digits("digits, deep MLP", network)
+
+
+def digits_cnn() -> Task:
+    network = functools.partial(networks.CNN, 1, 16, 32, num_classes=10)
+    return digits("digits, CNN", network, as_images=True)
+
+
+def digits_autoencoder() -> Task:
+    network = functools.partial(networks.MLP, 64, 48, 12, 48, 64, activation=nnx.tanh)
+    images, _ = data.load_digits()
+    parts = data.split(images, images, 1000)
+    labelled = digits("digits, autoencoder", network)
+    return labelled._replace(loss_fn=squared_error, train=parts[0], held_out=parts[1])
 
 
 def sums_transformer() -> Task:
@@ -102,20 +86,15 @@ def sums_transformer() -> Task:
     )
 
 
-def regression(
-    name: str, inputs: Any, targets: Any, num_train: int, num_steps: int
-) -> Task:
-    inputs = StandardScaler().fit_transform(inputs)
-    targets = StandardScaler().fit_transform(targets[:, None])
+def regression(name: str, inputs, targets, num_train: int, num_steps: int) -> Task:
+    inputs, targets = (
+        StandardScaler().fit_transform(array) for array in (inputs, targets[:, None])
+    )
+    widths = inputs.shape[1], 32, 32, 1
+    network = functools.partial(networks.MLP, *widths, activation=nnx.tanh)
+    parts = data.split(inputs, targets, num_train)
     return Task(
-        name,
-        lambda rngs: networks.MLP(
-            inputs.shape[1], 32, 32, 1, rngs=rngs, activation=nnx.tanh
-        ),
-        squared_error,
-        *data.split(inputs, targets, num_train),
-        32,
-        num_steps,
+        name, lambda rngs: network(rngs=rngs), squared_error, *parts, 32, num_steps
     )
 
 
@@ -153,14 +132,15 @@ def least_squares() -> Task:
     )
 
 
-def cifar10_resnet(path: pathlib.Path) -> Task:
-    parts = data.load_cifar10(path, num_train=10_000, num_test=2_000, side=16)
+def cifar10_resnet(
+    path: pathlib.Path, num_train: int | None = 10_000, num_test: int | None = 2_000
+) -> Task:
+    name = "JPEG CIFAR-10" if path.suffix == ".npz" else "CIFAR-10"
     return Task(
-        "CIFAR-10 16x16, ResNet-9",
+        f"{name} 16x16, ResNet-9",
         lambda rngs: networks.ResNet9(4, rngs=rngs),
         cross_entropy,
-        parts[0],
-        parts[1],
+        *data.load_cifar10(path, num_train=num_train, num_test=num_test, side=16),
         64,
         500,
         data.flip_and_shift,
@@ -168,28 +148,6 @@ def cifar10_resnet(path: pathlib.Path) -> Task:
 
 
 # --- training -------------------------------------------------------------------------
-
-
-class Training(NamedTuple):
-    """A task with an optimizer that is built from a rate.
-
-    Attributes:
-      start: ``seed -> state``, of parameters, the network's other state, and the
-        optimizer's.
-      loss_fn: ``(params, other, batch) -> loss``, of a network that trains.
-      step: ``(state, rate, batch) -> (state, loss)``, jitted.
-      run: ``(state, rate, indices, seed) -> (state, losses)``: one jitted scan of the
-        step over (n, batch_size) indices of examples, augmented.
-      held_out_loss: ``state -> loss`` on what is held out, jitted.
-      batches: ``(seed, count) -> list`` of the batches that ``run`` sees.
-    """
-
-    start: Callable[[int], Any]
-    loss_fn: Callable[[Any, Any, data.Batch], jax.Array]
-    step: Callable[[Any, Any, data.Batch], tuple[Any, jax.Array]]
-    run: Callable[[Any, Any, Any, Any], tuple[Any, jax.Array]]
-    held_out_loss: Callable[[Any], jax.Array]
-    batches: Callable[[int, int], list[data.Batch]]
 
 
 def shuffled(examples: int, size: int, num_steps: int, seed: int) -> np.ndarray:
@@ -207,61 +165,101 @@ def batch_indices(task: Task, num_steps: int, seed: int) -> np.ndarray:
     return shuffled(len(task.train[1]), task.batch_size, num_steps, seed)
 
 
-def make_training(task: Task, make_tx: Callable[[Any], Any]) -> Training:
-    """Any ``make_tx(rate)``, so that one program serves every rate."""
+compiled = functools.partial(jax.jit, static_argnums=0)
 
-    def build(seed: Any) -> nnx.Module:
-        return task.make_model(nnx.Rngs(jax.random.key(seed)))
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: build(0)))
+class Network:
+    """What a network does, whatever its optimizer."""
 
-    @jax.jit
-    def start(seed: Any) -> Any:
-        model = build(seed)
-        params, other = nnx.state(model, nnx.Param, ...)
-        return params, other, make_tx(1.0).init(params)
+    def __init__(self, make_model: Callable[[nnx.Rngs], nnx.Module]):
+        self.build = lambda seed: make_model(nnx.Rngs(jax.random.key(seed)))
+        self.graph = nnx.graphdef(nnx.eval_shape(lambda: self.build(0)))
 
-    def loss_and_other(
-        params: Any, other: Any, batch: data.Batch
-    ) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graph, params, other, copy=True)
-        loss = task.loss_fn(model, batch)
+    @compiled
+    def start(self, seed) -> Any:
+        """Parameters and other state; this takes as long to compile as a run."""
+        return nnx.split(self.build(seed), nnx.Param, ...)[1:]
+
+    def model(self, params, other) -> Any:
+        return nnx.merge(self.graph, params, other, copy=True)
+
+    @compiled
+    def score(self, params, other, batch: data.Batch) -> jax.Array:
+        """Accuracy in % and loss of a classifier."""
+
+        def forward(image) -> jax.Array:
+            model = self.model(params, other)
+            model.eval()
+            return model(image[None])[0]
+
+        logits = lax.map(forward, batch[0], batch_size=500)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+        accuracy = 100 * jnp.mean(logits.argmax(-1) == batch[1])
+        return jnp.stack([accuracy, losses.mean()])
+
+
+network_of = functools.cache(Network)  # Compiled once for all optimizers.
+
+
+class Training:
+    """A task with an optimizer: any ``make_tx(rate)``, so one program for all rates.
+
+    A state is that of parameters, the network's other state, and the optimizer's.
+    """
+
+    def __init__(self, task: Task, make_tx: Callable[[Any], Any]):
+        self.task, self.make_tx = task, make_tx
+        self.network = network_of(task.make_model)
+
+    def begin(self, params, other) -> Any:
+        """The state of an optimizer that has not begun."""
+        return params, other, self.make_tx(1.0).init(params)
+
+    def start(self, seed) -> Any:
+        return self.begin(*self.network.start(seed))
+
+    def loss_and_other(self, params, other, batch: data.Batch) -> tuple[jax.Array, Any]:
+        model = self.network.model(params, other)
+        loss = self.task.loss_fn(model, batch)
         return loss, nnx.state(model, nnx.Not(nnx.Param))
 
-    def loss_fn(params: Any, other: Any, batch: data.Batch) -> jax.Array:
-        return loss_and_other(params, other, batch)[0]
+    def loss_fn(self, params, other, batch: data.Batch) -> jax.Array:
+        """Of a network that trains."""
+        return self.loss_and_other(params, other, batch)[0]
 
-    @jax.jit
-    def step(state: Any, rate: Any, batch: data.Batch) -> tuple[Any, jax.Array]:
+    @compiled
+    def step(self, state, rate, batch: data.Batch) -> tuple[Any, jax.Array]:
         params, other, opt_state = state
-        grad_fn = jax.value_and_grad(loss_and_other, has_aux=True)
+        grad_fn = jax.value_and_grad(self.loss_and_other, has_aux=True)
         (loss, other), grads = grad_fn(params, other, batch)
-        updates, opt_state = make_tx(rate).update(grads, opt_state, params)
+        updates, opt_state = self.make_tx(rate).update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), other, opt_state), loss
 
-    @jax.jit
-    def gather(indices: Any, key: jax.Array) -> data.Batch:
-        inputs, targets = (array[indices] for array in task.train)
-        batch = inputs, targets
-        return batch if task.augment is None else task.augment(key, batch)
+    @compiled
+    def gather(self, examples, indices, key) -> data.Batch:
+        """A batch of the task's examples, or of others, augmented."""
+        inputs, targets = self.task.train if examples is None else examples
+        batch, augment = (inputs[indices], targets[indices]), self.task.augment
+        return batch if augment is None else augment(key, batch)
 
-    @jax.jit
-    def run(state: Any, rate: Any, indices: Any, seed: Any) -> tuple[Any, jax.Array]:
-        def body(state: Any, scanned: Any) -> tuple[Any, jax.Array]:
-            return step(state, rate, gather(*scanned))
+    @compiled
+    def run(self, state, rate, indices, seed, examples=None) -> tuple[Any, jax.Array]:
+        """State and losses after a scan over (n, batch_size) indices of examples."""
+
+        def body(state, scanned) -> tuple[Any, jax.Array]:
+            return self.step(state, rate, self.gather(examples, *scanned))
 
         keys = jax.random.split(jax.random.key(seed), len(indices))
         return lax.scan(body, state, (indices, keys))
 
-    @jax.jit
-    def held_out_loss(state: Any) -> jax.Array:
-        model = nnx.merge(graph, *state[:2], copy=True)
+    @compiled
+    def held_out_loss(self, state) -> jax.Array:
+        model = self.network.model(*state[:2])
         model.eval()
-        return task.loss_fn(model, task.held_out)
+        return self.task.loss_fn(model, self.task.held_out)
 
-    def batches(seed: int, count: int) -> list[data.Batch]:
+    def batches(self, seed: int, count: int) -> list[data.Batch]:
+        """Those that ``run`` sees."""
         keys = jax.random.split(jax.random.key(seed), count)
-        indices = batch_indices(task, count, seed)
-        return [gather(*pair) for pair in zip(indices, keys, strict=True)]
-
-    return Training(start, loss_fn, step, run, held_out_loss, batches)
+        indices = batch_indices(self.task, count, seed)
+        return [self.gather(None, *pair) for pair in zip(indices, keys, strict=True)]

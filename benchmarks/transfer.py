@@ -27,23 +27,21 @@ a minute; there, training from scratch does better.
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import data
 import harness
 import jax
-import jax.numpy as jnp
 import networks
 import numpy as np
 import optax
 import tasks
 from flax import nnx
-from jax import lax
 
 import optax_superconv as osc
 
-NUM_SEEDS, NUM_TUNING_SEEDS = 20, 6
+# The number of images was chosen on seeds 0 to 9.
+SEEDS, TUNING_SEEDS = range(100, 120), range(1000, 1006)
 RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 B1, B2, WEIGHT_DECAY = 0.9, 0.99, 1e-2
 
@@ -51,22 +49,13 @@ B1, B2, WEIGHT_DECAY = 0.9, 0.99, 1e-2
 
 
 class Arm(NamedTuple):
-    """Fine-tuning at a constant rate, and what is added to it.
+    """Fine-tuning at a constant rate, and what is added to it."""
 
-    Attributes:
-      decay: Of the rate, from each group to the one before.
-      one_cycle: Whether rate and momentum cycle.
-      unfreezing: None: all trains at once. ``"gradual"``: group after group.
-        ``"never"``: nothing but the head.
-      recipe: Whether this is ``fine_tune_adamw`` instead.
-      pretrained: Whether the network has learned other classes before.
-    """
-
-    decay: float = 1.0
-    one_cycle: bool = False
-    unfreezing: str | None = None
-    recipe: bool = False
-    pretrained: bool = True
+    decay: float = 1.0  # of the rate, from each group to the one before
+    one_cycle: bool = False  # of rate and momentum
+    unfreezing: str | None = None  # "gradual": by group; "never": nothing but the head
+    recipe: bool = False  # `fine_tune_adamw` instead
+    pretrained: bool = True  # on other classes
 
 
 ULMFIT = 1 / 2.6
@@ -95,9 +84,7 @@ FACTORS: dict[str, tuple[str, tuple[Any, Any]]] = {
 }
 
 
-def make_tx(
-    arm: Arm, groups: Callable[[Any], Any], num_groups: int, num_steps: int, rate: Any
-) -> optax.GradientTransformation:
+def make_tx(arm: Arm, groups, num_groups, num_steps, rate) -> Any:
     if arm.recipe:
         return osc.fine_tune_adamw(
             rate, num_steps, groups, decay=arm.decay, freeze_steps=num_steps // 5
@@ -107,7 +94,7 @@ def make_tx(
         learning_rate = osc.onecycle_schedule(rate, num_steps)
         b1 = osc.onecycle_momentum_schedule(num_steps)
 
-    def adamw_from(step: int) -> optax.GradientTransformation:
+    def adamw_from(step) -> optax.GradientTransformation:
         """A group counts from its thaw; its momentum follows the run."""
         run = b1
         momentum = (lambda count: run(count + step)) if callable(run) else run
@@ -118,19 +105,18 @@ def make_tx(
             ),
         )
 
-    head = num_groups - 1
+    head, optimizer = num_groups - 1, adamw_from(0)
     if arm.unfreezing == "gradual":
         thaws = {k: (head - k) * (num_steps // 10) for k in range(num_groups)}
         optimizer = osc.gradual_unfreezing(adamw_from, thaws, groups)
     elif arm.unfreezing == "never":
         never: dict[int, int | None] = dict.fromkeys(range(head))
-        optimizer = osc.gradual_unfreezing(adamw_from(0), never | {head: 0}, groups)
-    else:
-        optimizer = adamw_from(0)
-    rates = functools.partial(osc.layerwise_multipliers, decay=arm.decay)
+        optimizer = osc.gradual_unfreezing(optimizer, never | {head: 0}, groups)
     return optax.chain(
         optimizer,
-        osc.scale_by_group(rates, groups),
+        osc.scale_by_group(
+            functools.partial(osc.layerwise_multipliers, decay=arm.decay), groups
+        ),
         osc.scale_by_learning_rate(learning_rate),
     )
 
@@ -141,17 +127,14 @@ def make_tx(
 class Setup(NamedTuple):
     """What is learned first, and then, and from how much."""
 
-    name: str
+    task: tasks.Task  # with images to test as those held out
     make_model: Callable[[int, nnx.Rngs], nnx.Module]  # of the number of classes
     groups: Callable[[Any], Any]  # from parameters to labels 0, 1, ..., num_groups - 1
-    num_groups: int
-    train: data.Batch
-    test: data.Batch
-    augment: Callable[[jax.Array, data.Batch], data.Batch] | None
     num_new: int  # classes to fine-tune on; those to learn first are the others
     counts: Sequence[int]  # labelled images to fine-tune on
     first: tuple[int, int, float]  # steps, batch size and peak rate of the first run
     then: tuple[int, int]  # steps and batch size of fine-tuning
+    num_groups: int = 5
 
 
 # Lists of modules number on their own, so the groups go by name, in forward order.
@@ -165,15 +148,10 @@ RESNET9 = [
 
 
 def cifar10(path: pathlib.Path) -> Setup:
-    parts = data.load_cifar10(path, side=16)
-    name = "JPEG CIFAR-10" if path.suffix == ".npz" else "CIFAR-10"
     return Setup(
-        f"{name} 16x16, ResNet-9",
+        tasks.cifar10_resnet(path, None, None),
         lambda num_classes, rngs: networks.ResNet9(4, num_classes, rngs=rngs),
         osc.label_by_path(RESNET9),
-        5,
-        *parts,
-        data.flip_and_shift,
         num_new=2,
         counts=(20, 100),
         first=(2000, 64, 1e-2),
@@ -182,19 +160,22 @@ def cifar10(path: pathlib.Path) -> Setup:
 
 
 def digits(smoke: bool) -> Setup:
-    images, labels = data.load_digits()
     return Setup(
-        "digits, MLP",
+        tasks.digits_mlp(),
         lambda num_classes, rngs: networks.MLP(64, *[64] * 4, num_classes, rngs=rngs),
         osc.label_by_depth(),
-        5,
-        *data.split(images, labels.astype(np.int32), 1000),
-        None,
         num_new=5,
         counts=(25,) if smoke else (25, 100),
         first=(20, 16, 1e-2) if smoke else (500, 64, 1e-2),
         then=(20, 16) if smoke else (150, 16),
     )
+
+
+def trainings_of(setup: Setup, num_classes: int, *make_txs) -> list[tasks.Training]:
+    """Of the same network by several optimizers."""
+    model = functools.partial(setup.make_model, num_classes)
+    task = setup.task._replace(make_model=model)
+    return [tasks.Training(task, make_tx) for make_tx in make_txs]
 
 
 class Episode(NamedTuple):
@@ -208,7 +189,9 @@ class Episode(NamedTuple):
 
 def draw(setup: Setup, seed: int) -> Episode:
     rng = np.random.default_rng(seed)
-    train, test = (np.asarray(part[1]) for part in (setup.train, setup.test))
+    train, test = (
+        np.asarray(part[1]) for part in (setup.task.train, setup.task.held_out)
+    )
     classes = rng.permutation(10)
     new, old = np.split(classes, [setup.num_new])
     to_label = [rng.permutation(np.flatnonzero(train == k)) for k in new]
@@ -216,15 +199,14 @@ def draw(setup: Setup, seed: int) -> Episode:
     first, then = np.zeros((2, 10), np.int32)
     first[old], then[new] = np.arange(len(old)), np.arange(len(new))
     smallest = np.bincount(test).min()
-
-    def tests(classes: np.ndarray) -> np.ndarray:
-        of_class = [np.flatnonzero(test == k)[:smallest] for k in classes]
-        return np.concatenate(of_class)
-
+    tests = [
+        np.concatenate([np.flatnonzero(test == k)[:smallest] for k in classes])
+        for classes in (old, new)
+    ]
     return Episode(
         np.flatnonzero(np.isin(train, old)),
         np.stack([examples[:per_class] for examples in to_label], axis=1),
-        (tests(old), tests(new)),
+        (tests[0], tests[1]),
         (first, then),
     )
 
@@ -232,116 +214,37 @@ def draw(setup: Setup, seed: int) -> Episode:
 # --- training -------------------------------------------------------------------------
 
 
-class Network(NamedTuple):
-    """Jitted functions of a network with some number of outputs.
-
-    Attributes:
-      start: ``seed -> (params, other)``.
-      train: ``(make_tx, params, other, rate, images, labels, indices, seed) -> (params,
-        other)`` after the batches that (n, batch_size) indices name.
-      test: ``(params, other, images, labels) -> (accuracy in %, loss)``.
-    """
-
-    start: Callable[[Any], Any]
-    train: Callable[..., Any]
-    test: Callable[..., tuple[jax.Array, jax.Array]]
+def train(setup, training, state, rate, order, seed, episode, part) -> tuple[Any, Any]:
+    """State, and accuracy in % and loss; part 0 are the old classes, 1 the new."""
+    targets, (images, labels) = episode.targets[part], setup.task.train
+    state, _ = training.run(state, rate, order, seed, (images, targets[labels]))
+    images, labels = (array[episode.tests[part]] for array in setup.task.held_out)
+    return state, training.network.score(*state[:2], (images, targets[labels]))
 
 
-def make_network(setup: Setup, num_classes: int) -> Network:
-    def build(seed: Any) -> nnx.Module:
-        return setup.make_model(num_classes, nnx.Rngs(jax.random.key(seed)))
-
-    graph = nnx.graphdef(nnx.eval_shape(lambda: build(0)))
-
-    @jax.jit
-    def start(seed: Any) -> Any:
-        return nnx.split(build(seed), nnx.Param, ...)[1:]
-
-    def loss_fn(params: Any, other: Any, batch: data.Batch) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graph, params, other, copy=True)
-        loss = tasks.cross_entropy(model, batch)
-        return loss, nnx.state(model, nnx.Not(nnx.Param))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def train(
-        make_tx: Callable[[Any], optax.GradientTransformation],
-        params: Any,
-        other: Any,
-        rate: Any,
-        images: jax.Array,
-        labels: jax.Array,
-        indices: jax.Array,
-        seed: Any,
-    ) -> Any:
-        tx = make_tx(rate)
-
-        def body(state: Any, scanned: Any) -> tuple[Any, None]:
-            params, other, opt_state = state
-            chosen, key = scanned
-            batch = images[chosen], labels[chosen]
-            batch = batch if setup.augment is None else setup.augment(key, batch)
-            grads, other = jax.grad(loss_fn, has_aux=True)(params, other, batch)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), other, opt_state), None
-
-        keys = jax.random.split(jax.random.key(seed), len(indices))
-        state = params, other, tx.init(params)
-        (params, other, _), _ = lax.scan(body, state, (indices, keys))
-        return params, other
-
-    @jax.jit
-    def test(
-        params: Any, other: Any, images: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, params, other, copy=True)
-        model.eval()
-        logits = model(images)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return 100 * jnp.mean(logits.argmax(-1) == labels), loss
-
-    return Network(start, train, test)
-
-
-def pretrain(setup: Setup, network: Network, seed: int) -> dict[str, Any]:
+def learn_first(setup: Setup, training: tasks.Training, seed: int) -> dict[str, Any]:
     """Arrays of the network, and how well it does on the classes that it has seen."""
     episode = draw(setup, seed)
     num_steps, batch_size, rate = setup.first
     order = tasks.shuffled(len(episode.old), batch_size, num_steps, seed)
-    images, labels = setup.train
-    state = network.train(
-        functools.partial(osc.onecycle_adamw, total_steps=num_steps),
-        *network.start(seed),
-        rate,
-        images,
-        episode.targets[0][labels],
-        episode.old[order],
-        seed,
-    )
-    images, labels = (array[episode.tests[0]] for array in setup.test)
-    accuracy, _ = network.test(*state, images, episode.targets[0][labels])
-    return {"accuracy": float(accuracy), "arrays": jax.tree.leaves(state)}
+    run = training.start(seed), rate, episode.old[order], seed, episode
+    state, (accuracy, _) = train(setup, training, *run, part=0)
+    return {"accuracy": accuracy, "arrays": jax.tree.leaves(state[:2])}
 
 
-def restore(network: Network, arrays: list[Any]) -> Any:
-    """Parameters and the network's other state, from what ``pretrain`` keeps."""
-    treedef = jax.tree.structure(jax.eval_shape(network.start, 0))
+def restore(training: tasks.Training, arrays: list[Any]) -> Any:
+    """Parameters and the network's other state, from what ``learn_first`` keeps."""
+    treedef = jax.tree.structure(jax.eval_shape(training.network.start, 0))
     return jax.tree.unflatten(treedef, [np.float32(array) for array in arrays])
 
 
 def fine_tune(
-    setup: Setup,
-    network: Network,
-    arm: Arm,
-    make_arm_tx: Callable[[Any], optax.GradientTransformation],
-    pretrained: Any,
-    rate: float,
-    count: int,
-    seed: int,
-) -> tuple[float, float]:
+    setup: Setup, training: tasks.Training, pretrained, rate, count: int, seed: int
+) -> np.ndarray:
     """Accuracy in % and loss on test images of the new classes."""
     episode = draw(setup, seed)
-    params, other = network.start(10_000 + seed)
-    if arm.pretrained:
+    params, other = training.network.start(10_000 + seed)
+    if pretrained is not None:
         trained, other = pretrained
         params = jax.tree.map(
             lambda k, new, old: new if k == setup.num_groups - 1 else old,
@@ -350,243 +253,153 @@ def fine_tune(
             trained,
         )
     num_steps, batch_size = setup.then
-    examples = episode.new[: count // setup.num_new].ravel()
-    order = tasks.shuffled(count, batch_size, num_steps, seed)
-    state = network.train(
-        make_arm_tx,
-        params,
-        other,
-        np.float32(rate),
-        setup.train[0],
-        episode.targets[1][setup.train[1]],
-        examples[order],
-        seed,
-    )
-    images, labels = (array[episode.tests[1]] for array in setup.test)
-    accuracy, loss = network.test(*state, images, episode.targets[1][labels])
-    return float(accuracy), float(loss)
-
-
-def tune_and_run(
-    run: Callable[[float, int], tuple[float, float]],
-    rates: Sequence[float],
-    tuning_seeds: Sequence[int],
-    seeds: Sequence[int],
-) -> dict[str, Any]:
-    """The best rate for the tuning seeds, and what the others get at it."""
-    tuning = np.array([[run(rate, seed) for seed in tuning_seeds] for rate in rates])
-    best = rates[int(tuning[..., 0].mean(1).argmax())]
-    results = np.array([run(best, seed) for seed in seeds])
-    return {
-        "rates": list(rates),
-        "tuning accuracy": tuning[..., 0],
-        "tuning loss": tuning[..., 1],
-        "rate": best,
-        "accuracy": results[:, 0],
-        "loss": results[:, 1],
-    }
+    chosen = episode.new[: count // setup.num_new].ravel()
+    order = chosen[tasks.shuffled(count, batch_size, num_steps, seed)]
+    run = training.begin(params, other), np.float32(rate), order, seed, episode
+    return np.asarray(train(setup, training, *run, part=1)[1])
 
 
 # --- what comes out -------------------------------------------------------------------
 
 
-def paired(differences: np.ndarray) -> str:
-    """Mean ± standard error (n), and how many are above and below 0."""
-    n = len(differences)
-    error = differences.std(ddof=1) / n**0.5 if n > 1 else np.nan
-    won, lost = (differences > 0).sum(), (differences < 0).sum()
-    return f"{differences.mean():+.2f} ± {error:.2f} (n={n}, {won}:{lost})"
-
-
-def effect(accuracies: dict[Arm, np.ndarray], factor: str) -> np.ndarray:
+def effect(accuracies: Mapping[Arm, Any], factor: str) -> np.ndarray:
     """Accuracy with an addition less that without, by seed: mean over the others."""
-    field, levels = FACTORS[factor]
-    others = [pair for name, pair in FACTORS.items() if name != factor]
-    differences = []
-    for values in itertools.product(*[levels for _, levels in others]):
-        arm = Arm(**{name: v for (name, _), v in zip(others, values, strict=True)})
-        without, with_it = (
-            accuracies[arm._replace(**{field: level})] for level in levels
-        )
-        differences.append(with_it - without)
-    return np.mean(differences, axis=0)
+    fields, levels = zip(*FACTORS.values(), strict=True)
+    arms = [
+        Arm(**dict(zip(fields, values, strict=True)))
+        for values in itertools.product(*levels)
+    ]
+    field, values = FACTORS[factor]
+    without, with_it = (
+        np.mean([accuracies[a] for a in arms if getattr(a, field) == value], axis=0)
+        for value in values
+    )
+    return with_it - without
 
 
-def table(
-    records: dict[tuple[int, str], dict[str, Any]], rates: Sequence[float]
-) -> list[dict[str, Any]]:
+def table(records: Mapping[tuple[int, str], Any], rates) -> list[dict[str, Any]]:
     """A row per number of images and arm."""
-    before = {"+ discriminative": "full", "+ one-cycle": "+ discriminative"}
-    before["+ unfreezing"] = "+ one-cycle"
+    before = dict(zip([*LADDER][1:], LADDER, strict=False))
     rows = []
     for (count, name), record in records.items():
-
-        def less(other: str, mine: Any = record["accuracy"], count: int = count) -> str:
-            if (count, other) not in records:
-                return ""
-            return paired(np.subtract(mine, records[count, other]["accuracy"]))
-
-        at_edge = record["rate"] in (rates[0], rates[-1])
+        less = {
+            other: str(harness.paired(record["accuracy"], theirs["accuracy"]))
+            for (images, other), theirs in records.items()
+            if images == count and other != name
+        }
         tuned = np.mean(record["tuning accuracy"], axis=1)
         good = np.asarray(rates)[tuned >= tuned.max() - 2]
         rows.append(
             {
                 "images": count,
                 "arm": name,
-                "peak rate": f"{record['rate']:g}" + " (edge)" * at_edge,
+                "peak rate": harness.show_rate(record["rate"], rates),
                 "within 2 points": f"{good[0]:g} to {good[-1]:g}",
                 "accuracy (%)": harness.mean_and_std(record["accuracy"]),
-                "less the arm before": less(before.get(name, "")),
-                "less full": "" if name == "full" else less("full"),
+                "less the arm before": less.get(before.get(name, ""), ""),
+                "less full": less.get("full", ""),
             }
         )
     return rows
 
 
 def main() -> None:
-    args = harness.parse_args(__doc__, data="CIFAR-10: an .npz of JPEGs or the archive")
+    args = harness.parse_args(__doc__, takes_data=True)
     arms, rates = LADDER | OTHERS, RATES
-    # The number of images was chosen on seeds 0 to 9.
-    seeds = range(100, 100 + NUM_SEEDS)
-    tuning_seeds = range(1000, 1000 + NUM_TUNING_SEEDS)
+    seeds, tuning_seeds = SEEDS, TUNING_SEEDS
     if args.smoke:
         arms = {name: LADDER[name] for name in ("full", "+ unfreezing")}
         rates, seeds, tuning_seeds = RATES[2:4], seeds[:2], tuning_seeds[:1]
-        jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
     setup = digits(args.smoke) if args.data is None else cifar10(args.data)
-    kind = "smoke" if args.smoke else "digits" if args.data is None else "cifar10"
-    resumable = functools.partial(
-        harness.resumable, without=("plotting", "overhead", "range_test_quality")
-    )
-    parts = args.out / "parts" / "transfer" / kind
-    first = make_network(setup, 10 - setup.num_new)
-    then = make_network(setup, setup.num_new)
-    make_arm_tx = {
-        arm: functools.partial(
-            make_tx, arm, setup.groups, setup.num_groups, setup.then[0]
-        )
-        for arm in arms.values()
-    }
     every_seed = [*tuning_seeds, *seeds]
+
+    one_cycle = functools.partial(osc.onecycle_adamw, total_steps=setup.first[0])
+    (first,) = trainings_of(setup, 10 - setup.num_new, one_cycle)
+    learned = harness.sweep(
+        functools.partial(learn_first, setup, first),
+        [(seed,) for seed in every_seed],
+        args.parts / "first",
+    )
+    pretrained = {s: restore(first, found["arrays"]) for (s,), found in learned.items()}
+
+    groups = setup.groups, setup.num_groups, setup.then[0]
+    makers = [functools.partial(make_tx, arm, *groups) for arm in arms.values()]
+    of_arms = trainings_of(setup, setup.num_new, *makers)
+    trainings = dict(zip(arms, of_arms, strict=True))
+
+    def run(member: tuple[int, str], rate: float, seed: int) -> np.ndarray:
+        count, name = member
+        start = pretrained[seed] if arms[name].pretrained else None
+        return fine_tune(setup, trainings[name], start, rate, count, seed)
+
     members = list(itertools.product(setup.counts, arms))
-    with harness.progress(len(every_seed) + len(members)) as begin:
-
-        def learn_first(seed: int) -> dict[str, Any]:
-            begin(f"first training, seed {seed}")
-            return resumable(
-                parts / f"first-{seed}.json", lambda: pretrain(setup, first, seed)
-            )
-
-        learned = harness.in_threads(learn_first, every_seed)
-        pretrained = {
-            seed: restore(first, record["arrays"])
-            for seed, record in zip(every_seed, learned, strict=True)
+    best, tuning = harness.tune(run, members, rates, tuning_seeds, args.parts)
+    runs = ((member, best[member], s) for member in members for s in seeds)
+    done = harness.sweep(run, runs, args.parts / "runs")
+    records = {
+        member: {
+            "rates": rates,
+            "tuning accuracy": tuning[member][..., 0],
+            "tuning loss": tuning[member][..., 1],
+            "rate": best[member],
+            "accuracy": np.array([done[member, best[member], s][0] for s in seeds]),
+            "loss": np.array([done[member, best[member], s][1] for s in seeds]),
         }
-
-        def run_arm(member: tuple[int, str]) -> dict[str, Any]:
-            count, name = member
-            begin(f"{name}, {count} images")
-
-            def run(rate: float, seed: int) -> tuple[float, float]:
-                arm, start = arms[name], pretrained[seed]
-                return fine_tune(
-                    setup, then, arm, make_arm_tx[arm], start, rate, count, seed
-                )
-
-            path = parts / f"{count}-{name.replace(' ', '_')}.json"
-            return resumable(
-                path, lambda: tune_and_run(run, rates, tuning_seeds, seeds)
-            )
-
-        found = harness.in_threads(run_arm, members)
-    records = dict(zip(members, found, strict=True))
-
-    rows = table(records, rates)
-    seen = harness.mean_and_std(record["accuracy"] for record in learned)
-    num_steps, batch_size = setup.then
-    claim = {
-        "arms": ", ".join(name for name in arms if name in LADDER),
-        "steps": f"{num_steps} x {batch_size}",
-        "cost": "no step more",
-        "command": "python benchmarks/transfer.py"
-        + (" --data CIFAR10" if args.data else ""),
+        for member in members
     }
+
+    def by_count(samples: Callable[[int], Any]) -> str:
+        of_count = [
+            f"{n} images: {harness.mean_and_std(*samples(n))}" for n in setup.counts
+        ]
+        return "; ".join(of_count)
+
+    ladder = [name for name in arms if name in LADDER]
+    seen = harness.mean_and_std([r["accuracy"] for r in learned.values()])
+    num_steps, batch_size = setup.then
+    labels = np.asarray(setup.task.train[1])
     harness.report(
+        args,
         "transfer",
-        f"{setup.name}: {setup.num_new} new classes in {num_steps} steps of "
+        f"{setup.task.name}: {setup.num_new} new classes in {num_steps} steps of "
         f"{batch_size}, after {10 - setup.num_new} others (of which {seen} % right); "
         "mean ± s.d.; differences ± s.e. (n, won:lost)",
-        rows,
+        table(records, rates),
         {
-            "first": {
-                seed: record["accuracy"]
-                for seed, record in zip(every_seed, learned, strict=True)
-            },
-            "classes": {
-                seed: np.unique(np.asarray(setup.train[1])[draw(setup, seed).new])
-                for seed in every_seed
-            },
+            "first": {seed: found["accuracy"] for (seed,), found in learned.items()},
+            "classes": {s: np.unique(labels[draw(setup, s).new]) for s in every_seed},
             "arms": {f"{count}, {name}": r for (count, name), r in records.items()},
         },
-        args.out,
-        {
-            "question": "Does each part of ULMFiT's recipe help on few images?",
-            "arms": claim["arms"],
-            "steps": claim["steps"],
-            "mean ± std (n)": "; ".join(
-                f"{count} images: "
-                + ", ".join(
-                    harness.mean_and_std(records[count, name]["accuracy"])
-                    for name in arms
-                    if name in LADDER
-                )
-                for count in setup.counts
-            )
-            + " %",
-            "cost": claim["cost"],
-            "command": claim["command"],
-        },
+        "Does each part of ULMFiT's recipe help on few images?",
+        ", ".join(ladder),
+        f"{num_steps} x {batch_size}",
+        by_count(lambda n: [records[n, name]["accuracy"] for name in ladder]) + " %",
+        "no step more",
     )
     if args.smoke:
         return
-    effects = {
-        f"{count}, {factor}": effect(
-            {arms[name]: np.array(records[count, name]["accuracy"]) for name in arms},
-            factor,
-        )
-        for count in setup.counts
-        for factor in FACTORS
+
+    by_arm = {
+        n: {arm: records[n, name]["accuracy"] for name, arm in arms.items()}
+        for n in setup.counts
     }
+    effects = {(n, k): effect(by_arm[n], k) for n in setup.counts for k in FACTORS}
     harness.report(
+        args,
         "transfer_effects",
         "Accuracy with each addition less that without, mean over the four "
         "combinations of the two others; mean ± s.e. (n, won:lost)",
         [
             {"arm": factor}
-            | {
-                f"{count} images": paired(effects[f"{count}, {factor}"])
-                for count in setup.counts
-            }
+            | {f"{n} images": str(harness.paired(effects[n, factor])) for n in by_arm}
             for factor in FACTORS
         ],
-        {"effects": effects},
-        args.out,
-        {
-            "question": "What does each addition bring, with and without the others?",
-            "arms": ", ".join(FACTORS) + ": with less without",
-            "steps": claim["steps"],
-            "mean ± std (n)": "; ".join(
-                f"{count} images: "
-                + ", ".join(
-                    harness.mean_and_std(effects[f"{count}, {factor}"])
-                    for factor in FACTORS
-                )
-                for count in setup.counts
-            )
-            + " points of accuracy",
-            "cost": claim["cost"],
-            "command": claim["command"],
-        },
+        {"effects": {f"{n}, {factor}": v for (n, factor), v in effects.items()}},
+        "What does each addition bring, with and without the others?",
+        ", ".join(FACTORS) + ": with less without",
+        f"{num_steps} x {batch_size}",
+        by_count(lambda n: [effects[n, k] for k in FACTORS]) + " points of accuracy",
+        "no step more",
     )
 
 

@@ -1,5 +1,6 @@
 """What the benchmarks share: tasks that are what they say, evidence that is kept."""
 
+import argparse
 import io
 import itertools
 import json
@@ -39,7 +40,7 @@ def test_a_part_is_computed_once_per_source(tmp_path, monkeypatch):
     first = harness.resumable(path, compute)
     assert first == {"losses": [1.0, None], "call": 0}
     assert harness.resumable(path, compute) == first
-    monkeypatch.setattr(harness, "source_hash", lambda without: "another")
+    monkeypatch.setattr(harness, "source_hash", lambda: "another")
     assert harness.resumable(path, compute)["call"] == 1
 
 
@@ -57,10 +58,26 @@ def test_the_table_of_claims_is_what_the_evidence_says():
     assert written == harness.table_of_claims(harness.RESULTS)
 
 
-def test_the_evidence_is_of_committed_sources():
+def test_the_evidence_is_of_committed_sources_and_of_commands_that_exist():
     for path in harness.RESULTS.glob("*.json"):
-        where = json.loads(path.read_text())["environment"]
-        assert not where["commit"].endswith("-dirty"), path.name
+        record = json.loads(path.read_text())
+        assert not record["environment"]["commit"].endswith("-dirty"), path.name
+        assert (ROOT / record["claim"]["command"].split()[1]).exists(), path.name
+
+
+def test_a_report_is_a_row_of_the_table_of_claims(tmp_path):
+    args = argparse.Namespace(out=tmp_path, command="python benchmarks/x.py")
+    claim = ("Why?", "a / b", "10", "1.00 ± 0.10 (n=2)", "none")
+    rows, evidence = [{"arm": "a"}], {"losses": np.array([1.0, np.nan])}
+    harness.report(args, "x", "title", rows, evidence, *claim)
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["evidence"] == {"losses": [1.0, None]}
+    row = harness.table_of_claims(tmp_path).splitlines()[-1]
+    assert row.startswith("| Why? | a / b | 10 | 1.00 ± 0.10 (n=2) | none |")
+    assert row.endswith("| `python benchmarks/x.py` |")
+
+
+# --- measurement ----------------------------------------------------------------------
 
 
 def test_each_arm_is_timed_in_every_round():
@@ -69,7 +86,42 @@ def test_each_arm_is_timed_in_every_round():
     seconds = harness.interleave(arms, rounds=5)
     assert {name: len(times) for name, times in seconds.items()} == {"a": 5, "b": 5}
     assert sorted(calls) == ["a"] * 6 + ["b"] * 6
-    assert harness.ratios({"a": [1.0] * 3, "b": [2.0] * 3}, "a")["b"] == (2, 2, 2)
+
+
+def test_a_sweep_runs_what_is_not_kept(tmp_path):
+    calls = []
+
+    def square(name, k):
+        calls.append(k)
+        return k**2
+
+    assert harness.sweep(square, [("a b", 1)], tmp_path) == {("a b", 1): 1}
+    members = [("a b", k) for k in range(3)]
+    found = harness.sweep(square, members, tmp_path, workers=1)
+    assert found == {("a b", k): k**2 for k in range(3)}
+    assert calls == [1, 0, 2]
+
+
+def test_each_arm_takes_the_rate_with_the_best_mean_over_seeds(tmp_path):
+    accuracies = {
+        "a": {0.1: [50, 50], 0.2: [60, 30], 0.4: [49, 52]},
+        "b": {0.1: [50, 50], 0.2: [60, 41], 0.4: [49, 49]},
+    }
+
+    def run(arm, rate, seed):
+        return accuracies[arm][rate][seed], -rate
+
+    best, grids = harness.tune(run, accuracies, [0.1, 0.2, 0.4], range(2), tmp_path)
+    assert best == {"a": 0.4, "b": 0.2}
+    np.testing.assert_array_equal(grids["a"][..., 0], [[50, 50], [60, 30], [49, 52]])
+    np.testing.assert_array_equal(grids["a"][1, :, 1], [-0.2, -0.2])
+
+
+def test_differences_are_paired():
+    found = harness.paired([2.0, 5.0, 3.0, 1.0], [1.0, 2.0, 1.0, 1.0])
+    assert found[2:] == (3, 0, 4)
+    np.testing.assert_allclose(found[:2], [1.5, np.sqrt(5 / 3) / 2])
+    assert str(found) == "+1.50 ± 0.65 (n=4, 3:0)"
 
 
 # --- networks -------------------------------------------------------------------------
@@ -200,9 +252,7 @@ def test_batches_hold_every_example_once_an_epoch():
 
 
 def test_a_run_is_its_steps():
-    training = tasks.make_training(
-        tasks.diabetes_mlp(), lambda rate: optax.sgd(rate, 0.9)
-    )
+    training = tasks.Training(tasks.diabetes_mlp(), lambda rate: optax.sgd(rate, 0.9))
     task, state = tasks.diabetes_mlp(), training.start(3)
     _, losses = training.run(state, 0.01, tasks.batch_indices(task, 20, 3), 3)
     expected = []
@@ -223,7 +273,7 @@ def test_held_out_loss_uses_the_running_statistics(tmp_path):
         10,
         5,
     )
-    training = tasks.make_training(task, optax.sgd)
+    training = tasks.Training(task, optax.sgd)
     state = training.start(0)
     moved, _ = training.step(state, 0.0, training.batches(0, 1)[0])
     jax.tree.map(np.testing.assert_array_equal, moved[0], state[0])

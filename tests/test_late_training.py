@@ -1,5 +1,6 @@
 """The parts of the benchmark of cooldowns: arms, forks, weights, plane, table."""
 
+import functools
 import itertools
 import pathlib
 import sys
@@ -30,8 +31,13 @@ def setup():
 
 @pytest.fixture(scope="module")
 def constant(setup):
-    key = "constant", LENGTH
-    return benchmark.make_runners(setup, [key])[key]
+    make_tx = functools.partial(benchmark.make_tx, setup, "constant", LENGTH)
+    return tasks.Training(setup.task, make_tx)
+
+
+def branches_of(setup, training, points):
+    run = benchmark.run_branches
+    return run(setup, training, RATE, SEED, points, lambda _, state: weights(state))
 
 
 def weights(state):
@@ -85,7 +91,7 @@ def test_steps_come_out_even_at_any_size():
 
 
 def test_a_branch_is_the_run_that_had_its_cooldown_from_the_start(setup, constant):
-    (branch,) = constant.branches(RATE, SEED, {"": (16, 4)}, weights).values()
+    (branch,) = branches_of(setup, constant, {"": (16, 4)}).values()
 
     def make_tx(rate):
         return osc.late_decay_sgd(
@@ -96,16 +102,16 @@ def test_a_branch_is_the_run_that_had_its_cooldown_from_the_start(setup, constan
             weight_decay=5e-4,
         )
 
-    training = tasks.make_training(setup.task, make_tx)
-    scheduled = benchmark.Runner(setup, make_tx, training, training.start)
-    state = scheduled.advance(scheduled.begin(SEED), RATE, SEED, 0, LENGTH)
+    scheduled = tasks.Training(setup.task, make_tx)
+    state = scheduled.start(SEED)
+    state = benchmark.advance(setup, scheduled, state, RATE, SEED, 0, LENGTH)
     np.testing.assert_allclose(branch, weights(state), rtol=1e-4, atol=1e-6)
 
 
-def test_branches_leave_the_run_as_it_was(constant):
+def test_branches_leave_the_run_as_it_was(setup, constant):
     points = {"early": (10, 5), "late": (16, 4), "run": (LENGTH, 0)}
-    among = constant.branches(RATE, SEED, points, weights)
-    alone = constant.branches(RATE, SEED, {"run": (LENGTH, 0)}, weights)
+    among = branches_of(setup, constant, points)
+    alone = branches_of(setup, constant, {"run": (LENGTH, 0)})
     np.testing.assert_array_equal(among["run"], alone["run"])
     assert not np.array_equal(among["late"], among["run"])
 
@@ -126,9 +132,9 @@ def test_the_last_snapshot_is_that_of_the_last_step(smoke):
 
 
 def test_scores_of_a_network_by_hand(setup, constant):
-    tester = benchmark.Tester(setup)
-    state = constant.advance(constant.begin(SEED), RATE, SEED, 0, LENGTH)
-    scores = tester.all(state)
+    state = constant.start(SEED)
+    state = benchmark.advance(setup, constant, state, RATE, SEED, 0, LENGTH)
+    scores = benchmark.scores_of(setup, state)
     model = setup.task.make_model(nnx.Rngs(0))
     nnx.update(model, *state[:2])
     model.eval()
@@ -161,8 +167,8 @@ def test_the_main_plane_of_points_in_a_plane():
     np.testing.assert_allclose(shares, [0.9, 0.1])
 
 
-def test_the_grid_of_the_plane_has_the_losses_of_its_weights(constant):
-    found = benchmark.plane(constant, RATE, SEED)
+def test_the_grid_of_the_plane_has_the_losses_of_its_weights(setup, constant):
+    found = benchmark.plane(setup, constant, RATE, SEED)
     assert found["at"] == [2, 5, 7, 10, 15, 20]
     # The second axis of the plane is the first of the grid, as contours have it.
     (x, y), path = found["axes"], np.asarray(found["path"])
@@ -175,12 +181,6 @@ def test_the_grid_of_the_plane_has_the_losses_of_its_weights(constant):
 
 
 # --- what comes out -------------------------------------------------------------------
-
-
-def test_the_best_rate_has_the_best_mean_over_seeds():
-    accuracies = np.array([[50.0, 50.0], [60.0, 30.0], [49.0, 52.0]])
-    tuning = np.stack([accuracies, np.zeros((3, 2))], -1)
-    assert benchmark.best_rate(tuning, [0.1, 0.2, 0.4]) == 0.4
 
 
 def test_a_row_compares_with_the_cosine_of_its_length_and_seed():
