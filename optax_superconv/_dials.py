@@ -27,7 +27,7 @@ class AppliedHyperparams(NamedTuple):
 class AppliedMultipliers(NamedTuple):
     """The record of a factor per group, which scales the rate of the same chain."""
 
-    labels: dict[Any, None]  # the groups, sorted
+    labels: dict[Any, None]  # the groups, sorted; keys are structure and not data
     values: jax.Array  # (groups,), float32
 
 

@@ -8,14 +8,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
+from optax_superconv.schedules import _phases
 from optax_superconv.schedules._cycles import check_cycle
 from optax_superconv.schedules._late_decay import warmup_stable_decay_schedule
-from optax_superconv.schedules._phases import (
-    Phase,
-    Shape,
-    check_positive,
-    phase_schedule,
-)
+from optax_superconv.schedules._phases import Phase, Shape, phase_schedule
 from optax_superconv.transforms._cooldown import triggered_cooldown
 from optax_superconv.transforms._link import check_transformation
 from optax_superconv.transforms._momentum import (
@@ -38,8 +34,8 @@ def _late_decay_rate(
     rates = {"init_learning_rate": init, "end_learning_rate": end}
     check_cycle({"peak_learning_rate": peak} | rates, "linear")
     if shape == "exponential":
-        check_positive("peak_learning_rate", peak)
-        check_positive("end_learning_rate", end)
+        _phases.check_positive("peak_learning_rate", peak)
+        _phases.check_positive("end_learning_rate", end)
     if total_steps is None:
         _checks.require(
             decay_steps is None,

@@ -206,11 +206,6 @@ def check_entries(
         )
 
 
-def names_of(labels: Iterable[Any]) -> dict[Any, None]:
-    """Labels as part of a state's structure, and not of its data."""
-    return dict.fromkeys(labels)
-
-
 def skeleton_of(params: optax.Params) -> Any:
     """The containers of the parameters, with an empty tuple for each leaf."""
 

@@ -13,14 +13,8 @@ from jax.typing import ArrayLike
 
 from optax_superconv import _checks
 from optax_superconv._numerics import wide_dtype
-from optax_superconv.schedules._phases import (
-    Phase,
-    Shape,
-    as_count,
-    check_positive,
-    check_shape,
-    phase_schedule,
-)
+from optax_superconv.schedules import _phases
+from optax_superconv.schedules._phases import Phase, Shape, phase_schedule
 
 
 def check_cycle(
@@ -30,7 +24,7 @@ def check_cycle(
     holds: Callable[[np.ndarray], np.ndarray] = _checks.non_negative,
 ) -> None:
     """Checks the values that a cycle moves between. The first one is the largest."""
-    check_shape("shape", shape)
+    _phases.check_shape("shape", shape)
     (top_name, top_value), *others = values.items()
     top = _checks.number(top_name, top_value, rule, holds)
     for name, value in others:
@@ -40,7 +34,7 @@ def check_cycle(
             _checks.require(np.all(low <= top), name, limit, value)
     if shape == "exponential":
         for name, value in values.items():
-            check_positive(name, value)
+            _phases.check_positive(name, value)
 
 
 def _onecycle(
@@ -315,7 +309,7 @@ def cyclical_schedule(
     def schedule(count: ArrayLike) -> jax.Array:
         dtype = wide_dtype(base_value, peak_value)
         base, peak = jnp.asarray(base_value, dtype), jnp.asarray(peak_value, dtype)
-        count = jnp.maximum(as_count(count, dtype), 0)
+        count = jnp.maximum(_phases.as_count(count, dtype), 0)
         step = count % (up + down)
         is_up = step <= up
         length = jnp.where(is_up, up, down).astype(dtype)

@@ -24,16 +24,9 @@ from jax.typing import ArrayLike
 
 from optax_superconv import _checks
 from optax_superconv._numerics import wide_dtype
+from optax_superconv.schedules import _phases
 from optax_superconv.schedules._cycles import check_cycle
-from optax_superconv.schedules._phases import (
-    Phase,
-    Shape,
-    as_count,
-    check_positive,
-    check_shape,
-    move,
-    phase_schedule,
-)
+from optax_superconv.schedules._phases import Phase, Shape, phase_schedule
 
 
 def warmup_stable_decay_schedule(
@@ -173,24 +166,26 @@ def with_cooldown(
     length = _checks.steps("cooldown_steps", cooldown_steps, at_least=1, at_most=of)
     _checks.number_or_schedule("schedule", schedule)
     _checks.number("end_value", end_value)
-    check_shape("shape", shape)
+    _phases.check_shape("shape", shape)
     begin = total - length
 
     def before(count: Any) -> ArrayLike:
         return schedule(count) if callable(schedule) else cast(ArrayLike, schedule)
 
     if shape == "exponential":
-        check_positive("end_value", end_value)
+        _phases.check_positive("end_value", end_value)
         with jax.ensure_compile_time_eval():
-            check_positive(f"schedule({begin})", before(jnp.asarray(begin, jnp.int32)))
+            _phases.check_positive(
+                f"schedule({begin})", before(jnp.asarray(begin, jnp.int32))
+            )
 
     def cooled(count: ArrayLike) -> jax.Array:
-        count = as_count(count, wide_dtype(end_value))
+        count = _phases.as_count(count, wide_dtype(end_value))
         value = before(jnp.minimum(count, begin))
         dtype = wide_dtype(value, end_value)
         start, end = jnp.asarray(value, dtype), jnp.asarray(end_value, dtype)
         # Subtract as integers: float32 does not hold counts above 2**24.
         elapsed = jnp.clip(count, begin, total) - begin
-        return move(start, end, shape, elapsed, length)
+        return _phases.move(start, end, shape, elapsed, length)
 
     return cooled

@@ -8,32 +8,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_superconv import _checks
+from optax_superconv import _checks, _trees
 from optax_superconv._checks import listed
 from optax_superconv._dials import find_states, states_in
 from optax_superconv._numerics import wide_dtype
-from optax_superconv._trees import (
-    Names,
-    array_of,
-    begins_of,
-    boxed_as,
-    in_new_boxes,
-    is_box,
-    is_hole,
-    named_leaves,
-)
 from optax_superconv.transforms._averages import AverageState
 from optax_superconv.transforms._snapshots import SnapshotState
 
 
-def _positions(averages: optax.Params, params: optax.Params) -> dict[Names, Any]:
+def _positions(averages: optax.Params, params: optax.Params) -> dict[_trees.Names, Any]:
     """What was averaged, by its names; raises unless ``params`` has the same leaves."""
-    found = dict(named_leaves(averages, holes=True))
-    current = dict(named_leaves(params, holes=True))
+    found = dict(_trees.named_leaves(averages, holes=True))
+    current = dict(_trees.named_leaves(params, holes=True))
     # What is masked may be a whole subtree.
-    holes = {names for names, leaf in found.items() if is_hole(leaf)}
+    holes = {names for names, leaf in found.items() if _trees.is_hole(leaf)}
     missing = [n for n in found if n not in current and n not in holes]
-    new = [n for n in current if n not in found and not holes & {*begins_of(n)}]
+    new = [n for n in current if n not in found and not holes & {*_trees.begins_of(n)}]
     reasons = [f"no {listed(map('/'.join, missing))}"] * bool(missing)
     reasons += [f"{listed(map('/'.join, new))} anew"] * bool(new)
     rule = "of the structure that the average has seen at `init`"
@@ -43,11 +33,11 @@ def _positions(averages: optax.Params, params: optax.Params) -> dict[Names, Any]
 
 def _mean(state: AverageState | SnapshotState, leaf: Any) -> jax.Array:
     """The average of a leaf of the state."""
-    array = array_of(leaf)
+    array = _trees.array_of(leaf)
     if isinstance(state, AverageState):
         return array
     wide = array.astype(wide_dtype(array))
-    kept = jnp.clip(array_of(state.num_samples), 1, len(wide))
+    kept = jnp.clip(_trees.array_of(state.num_samples), 1, len(wide))
     return wide.sum(0) / kept.astype(wide.dtype)  # Snapshots not yet taken are 0.
 
 
@@ -111,7 +101,7 @@ def eval_params(
         f"several, at {listed(at for _, at, *_ in chosen)}",
     )
     ((_, _, state, tree),) = chosen
-    number = array_of(state.num_samples)
+    number = _trees.array_of(state.num_samples)
     _checks.require(
         number.ndim == 0,
         "opt_state",
@@ -120,10 +110,10 @@ def eval_params(
     )
     averages = _positions(tree, params)
 
-    def averaged(names: Names, leaf: Any) -> Any:
+    def averaged(names: _trees.Names, leaf: Any) -> Any:
         if names not in averages:
-            return in_new_boxes(leaf)
-        average, now = _mean(state, averages[names]), array_of(leaf)
+            return _trees.in_new_boxes(leaf)
+        average, now = _mean(state, averages[names]), _trees.array_of(leaf)
         _checks.require(
             now.shape == average.shape,
             "params",
@@ -132,9 +122,9 @@ def eval_params(
             now.shape,
         )
         value = jnp.where(number > 0, average.astype(now.dtype), now)
-        return boxed_as(leaf, value)
+        return _trees.boxed_as(leaf, value)
 
     return jax.tree.unflatten(
-        jax.tree.structure(params, is_leaf=is_box),
-        [averaged(*item) for item in named_leaves(params)],
+        jax.tree.structure(params, is_leaf=_trees.is_box),
+        [averaged(*item) for item in _trees.named_leaves(params)],
     )

@@ -13,22 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_superconv import _checks
+from optax_superconv import _checks, _trees
 from optax_superconv._dials import AppliedMultipliers, value_at
 from optax_superconv._numerics import increment, scale
-from optax_superconv._trees import (
-    LabelFn,
-    Labels,
-    check_entries,
-    check_labels,
-    check_skeleton,
-    is_box,
-    is_function,
-    labels_of,
-    names_of,
-    paths_of,
-    skeleton_of,
-)
+from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.transforms._link import link
 
 
@@ -102,7 +90,7 @@ def scale_by_group(
       Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2.
     """
-    if not is_function(multipliers):
+    if not _trees.is_function(multipliers):
         multipliers = _checked_multipliers(multipliers)
 
     def values_at(by_label: Mapping[Any, Any], count: jax.Array) -> dict[Any, Any]:
@@ -111,29 +99,28 @@ def scale_by_group(
     def record(values: dict[Any, Any], params: Any) -> AppliedMultipliers:
         if not values:  # optax.tree.map_params knows its placeholder by what it holds.
             return AppliedMultipliers(params, jnp.zeros(0))
-        return AppliedMultipliers(names_of(values), jnp.stack(list(values.values())))
+        return AppliedMultipliers(dict.fromkeys(values), jnp.stack([*values.values()]))
 
     def init_fn(params: optax.Params) -> ScaleByGroupState:
-        labels = labels_of(param_labels, params)
+        labels = _trees.labels_of(param_labels, params)
         by_label = _multipliers_of(multipliers, labels, params)
         count = jnp.zeros([], jnp.int32)
-        return ScaleByGroupState(
-            count, skeleton_of(params), record(values_at(by_label, count), params)
-        )
+        applied = record(values_at(by_label, count), params)
+        return ScaleByGroupState(count, _trees.skeleton_of(params), applied)
 
     def update_fn(
         updates: optax.Updates, state: ScaleByGroupState, params: optax.Params | None
     ) -> tuple[optax.Updates, ScaleByGroupState]:
         del params
-        check_skeleton(updates, state.skeleton)
-        labels = labels_of(param_labels, updates)
+        _trees.check_skeleton(updates, state.skeleton)
+        labels = _trees.labels_of(param_labels, updates)
         by_label = _multipliers_of(multipliers, labels, updates)
         values = values_at(by_label, state.count)
         factors = {
             k: value if callable(by_label[k]) else _as_data(value, state.count)
             for k, value in values.items()
         }
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=_trees.is_box)
 
         pairs = zip(labels, leaves, strict=True)
         scaled = [scale(factors[label], leaf) for label, leaf in pairs]
@@ -167,7 +154,7 @@ def _checked_multipliers(multipliers: Any) -> dict[Any, optax.ScalarOrSchedule]:
     _checks.require(
         len(multipliers) > 0, "multipliers", "a dict of at least one label", "{}"
     )
-    check_labels(multipliers, "multipliers")
+    _trees.check_labels(multipliers, "multipliers")
     for label, multiplier in multipliers.items():
         name = f"multipliers[{label!r}]"
         rule = "finite and at least 0"
@@ -179,14 +166,14 @@ def _checked_multipliers(multipliers: Any) -> dict[Any, optax.ScalarOrSchedule]:
 
 def _multipliers_of(multipliers: Any, labels: list[Any], params: Any) -> dict[Any, Any]:
     """The dict of multipliers, checked against the labels of ``params``."""
-    if is_function(multipliers):
+    if _trees.is_function(multipliers):
         if not labels:
             return {}
-        known = check_labels(labels)
+        known = _trees.check_labels(labels)
         # Names have no order: a set of them is refused by what would need one.
         multipliers = multipliers(set(known) if isinstance(known[0], str) else known)
         _checked_multipliers(multipliers)
-    check_entries("multipliers", multipliers, labels, params)
+    _trees.check_entries("multipliers", multipliers, labels, params)
     return multipliers
 
 
@@ -222,10 +209,13 @@ def describe_groups(
       layers/0  1      0.75
       layers/1  2      1
     """
-    labels = labels_of(param_labels, params)
-    rows = [["path", "group"], *zip(paths_of(params), map(str, labels), strict=True)]
+    labels = _trees.labels_of(param_labels, params)
+    rows = [
+        ["path", "group"],
+        *zip(_trees.paths_of(params), map(str, labels), strict=True),
+    ]
     if multipliers is not None:
-        if not is_function(multipliers):
+        if not _trees.is_function(multipliers):
             _checked_multipliers(multipliers)
         values = _multipliers_of(multipliers, labels, params)
         at_start = (float(value_at(values[label], jnp.int32(0))) for label in labels)

@@ -14,18 +14,9 @@ from typing import Any, Literal
 
 import optax
 
-from optax_superconv import _checks
+from optax_superconv import _checks, _trees
 from optax_superconv._checks import listed
-from optax_superconv._trees import (
-    LabelFn,
-    Labels,
-    begins_of,
-    check_labels,
-    is_hole,
-    is_masked,
-    map_with_paths,
-    paths_of,
-)
+from optax_superconv._trees import LabelFn, Labels
 
 
 def _regex(name: str, pattern: Any) -> re.Pattern[str]:
@@ -101,7 +92,7 @@ def label_by_path(
                 f"`rules` must be pairs of an expression and a label, got {rule!r}."
             )
     patterns = [_regex("rules", pattern) for pattern, _ in rules]
-    check_labels((label for _, label in rules), "rules")
+    _trees.check_labels((label for _, label in rules), "rules")
 
     def label_fn(params: optax.Params) -> Labels:
         used, uncovered = set(), []
@@ -111,16 +102,16 @@ def label_by_path(
             first = next(matching, None)
             if first is not None:
                 used.add(first)
-            if leaf is None or is_hole(leaf):
+            if leaf is None or _trees.is_hole(leaf):
                 return leaf
             if first is None:
                 uncovered.append(path)
                 return None
             return rules[first][1]
 
-        labels = map_with_paths(label, params, holes=True)
+        labels = _trees.map_with_paths(label, params, holes=True)
         idle = [p.pattern for k, p in enumerate(patterns) if k not in used]
-        check_idle = idle and used | set(uncovered) and not is_masked(params)
+        check_idle = idle and used | set(uncovered) and not _trees.is_masked(params)
         if uncovered:
             also = f" (rules that match nothing: {listed(idle)})" if check_idle else ""
             raise ValueError(
@@ -132,7 +123,7 @@ def label_by_path(
             message = (
                 "`rules` must each label a parameter, got none for "
                 f"{listed(idle)}: no path matches, or earlier rules take them all. The "
-                f"paths are {listed(paths_of(params))}."
+                f"paths are {listed(_trees.paths_of(params))}."
             )
             if unmatched_rules == "error":
                 raise ValueError(message)
@@ -238,7 +229,7 @@ def label_by_depth(
 
     def place(path: str) -> tuple[str, int, str] | None:
         """Where a path belongs, its number, and what stands before the number."""
-        names = ["/".join(begin) for begin in begins_of((*path.split("/"),))[1:]]
+        names = ["/".join(begin) for begin in _trees.begins_of((*path.split("/"),))[1:]]
         for where, patterns in named.items():
             if any(p.fullmatch(begin) for p in patterns for begin in names):
                 return where, 0, ""
@@ -265,9 +256,9 @@ def label_by_depth(
             if found is not None and leaf is not None:
                 places[path] = found
             elif leaf is not None:
-                lost.append(path + " (hidden as a whole)" * is_hole(leaf))
+                lost.append(path + " (hidden as a whole)" * _trees.is_hole(leaf))
 
-        map_with_paths(find, params, holes=True)
+        _trees.map_with_paths(find, params, holes=True)
         if lost:
             raise ValueError(
                 "`params` must have a number or a known name in every path, got "
@@ -287,12 +278,12 @@ def label_by_depth(
         outside = {"stem": 0, "norm": last, "head": top}
 
         def depth(path: str, leaf: Any) -> Any:
-            if leaf is None or is_hole(leaf):
+            if leaf is None or _trees.is_hole(leaf):
                 return leaf
             where, index, _ = places[path]
             return depths[index] if where == "block" else outside[where]
 
-        return map_with_paths(depth, params, holes=True)
+        return _trees.map_with_paths(depth, params, holes=True)
 
     return label_fn
 

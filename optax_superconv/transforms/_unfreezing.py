@@ -17,25 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_superconv import _checks
-from optax_superconv._dials import (
-    AppliedHyperparams,
-    AppliedMultipliers,
-    GroupState,
-    find_states,
-)
+from optax_superconv import _checks, _dials, _trees
 from optax_superconv._numerics import increment
-from optax_superconv._trees import (
-    LabelFn,
-    Labels,
-    check_entries,
-    check_labels,
-    check_skeleton,
-    is_box,
-    labels_of,
-    names_of,
-    skeleton_of,
-)
+from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.transforms._link import check_transformation, is_transformation
 
 
@@ -45,7 +29,7 @@ class GradualUnfreezingState(NamedTuple):
     count: jax.Array  # (), int32
     skeleton: Any  # the containers of the parameters, () for each leaf
     frozen: jax.Array  # (distinct thaw steps,), bool; in the next update
-    groups: tuple[GroupState, ...]  # one per distinct thaw step
+    groups: tuple[_dials.GroupState, ...]  # one per distinct thaw step
 
 
 def gradual_unfreezing(
@@ -150,17 +134,17 @@ def unfreezing(
 
     def thaws_of(tree: Any) -> tuple[list[int | None], dict[Any, int | None]]:
         """The thaw step of each leaf and of each label."""
-        labels = labels_of(param_labels, tree)
+        labels = _trees.labels_of(param_labels, tree)
         if isinstance(thaw_steps, dict):
             steps = thaw_steps
         else:
-            steps = thaw_steps(check_labels(labels)) if labels else {}
-        check_entries("thaw_steps", steps, labels, tree)
+            steps = thaw_steps(_trees.check_labels(labels)) if labels else {}
+        _trees.check_entries("thaw_steps", steps, labels, tree)
         return [steps[label] for label in labels], steps
 
     def part(tree: Any, thaws: list[int | None], step: int) -> Any:
         """The tree with nothing but the leaves that thaw at ``step``."""
-        leaves, treedef = jax.tree.flatten(tree, is_leaf=is_box)
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=_trees.is_box)
         pairs = zip(leaves, thaws, strict=True)
         return jax.tree.unflatten(
             treedef, [x if thaw == step else hole for x, thaw in pairs]
@@ -187,10 +171,10 @@ def unfreezing(
                 )
             )
             frozen = jnp.array(step is None or step > 0)
-            names = names_of(labels) if thaws else cast(dict[Any, None], params)
-            groups.append(GroupState(names, frozen, inner_state))
+            names = dict.fromkeys(labels) if thaws else cast(dict[Any, None], params)
+            groups.append(_dials.GroupState(names, frozen, inner_state))
         return GradualUnfreezingState(
-            count, skeleton_of(params), frozen_at(count, distinct), tuple(groups)
+            count, _trees.skeleton_of(params), frozen_at(count, distinct), tuple(groups)
         )
 
     def update_fn(
@@ -200,10 +184,10 @@ def unfreezing(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradualUnfreezingState]:
         state = cast(GradualUnfreezingState, state)
-        check_skeleton(updates, state.skeleton)
+        _trees.check_skeleton(updates, state.skeleton)
         thaws, by_label = thaws_of(updates)
         distinct = order or _distinct(by_label)
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_box)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=_trees.is_box)
         new_leaves = list(leaves)
         groups = []
         for step, group in zip(distinct, state.groups, strict=True):
@@ -229,10 +213,10 @@ def unfreezing(
                 inner_state = _choose_state(
                     thawed, inner_state, group.inner_state, keeps_zeros
                 )
-            new = jax.tree.leaves(new_updates, is_leaf=is_box)
+            new = jax.tree.leaves(new_updates, is_leaf=_trees.is_box)
             for k, leaf in zip(mine, new, strict=True):
                 new_leaves[k] = leaf
-            groups.append(GroupState(group.labels, ~thawed, inner_state))
+            groups.append(_dials.GroupState(group.labels, ~thawed, inner_state))
         count = increment(state.count)
         return jax.tree.unflatten(treedef, new_leaves), GradualUnfreezingState(
             count, state.skeleton, frozen_at(count, distinct), tuple(groups)
@@ -250,7 +234,7 @@ def _checked_steps(thaw_steps: Any) -> dict[Any, int | None]:
     _checks.require(
         bool(thaw_steps), "thaw_steps", "a dict of at least one label", "{}"
     )
-    check_labels(thaw_steps, "thaw_steps")
+    _trees.check_labels(thaw_steps, "thaw_steps")
     return {
         label: None if step is None else _checks.steps(f"thaw_steps[{label!r}]", step)
         for label, step in thaw_steps.items()
@@ -283,7 +267,7 @@ def _choose_state(condition: jax.Array, new: Any, old: Any, scalars_only: bool) 
     """
 
     def is_record(node: Any) -> bool:
-        return isinstance(node, AppliedHyperparams | AppliedMultipliers)
+        return isinstance(node, _dials.AppliedHyperparams | _dials.AppliedMultipliers)
 
     def choose(new: Any, old: Any) -> Any:
         if is_record(new) or (scalars_only and jnp.ndim(new) > 0):
@@ -316,7 +300,7 @@ def frozen_labels(opt_state: Any) -> set[Any]:
       {0}
     """
     found: set[Any] = set()
-    for state in find_states(opt_state, GradualUnfreezingState).values():
+    for state in _dials.find_states(opt_state, GradualUnfreezingState).values():
         (frozen,) = jax.tree.leaves(state.frozen)  # Out of its box, if it has one.
         if isinstance(frozen, jax.core.Tracer | jax.ShapeDtypeStruct):
             raise TypeError(
