@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.tree_util import KeyPath, all_leaves, keystr, tree_map_with_path
 
-from optax_superconv._checks import listed
+from optax_superconv._checks import listed, require
 
 Tree = TypeVar("Tree")
 Names = tuple[str, ...]  # From the root to a leaf.
@@ -75,7 +75,7 @@ def in_new_boxes(tree: Tree) -> Tree:
 
 def copy_tree(tree: Tree, copied: Callable[[Any], Any]) -> Tree:
     """``copied(leaf)`` for each leaf; what Flax NNX objects share stays shared."""
-    if shares_variables(tree):
+    if _shares_variables(tree):
         from flax import nnx
 
         graph, leaves = nnx.split(tree)
@@ -83,11 +83,20 @@ def copy_tree(tree: Tree, copied: Callable[[Any], Any]) -> Tree:
     return jax.tree.map(copied, tree)
 
 
-def shares_variables(tree: Any) -> bool:
+def _shares_variables(tree: Any) -> bool:
     """Whether a Variable occurs more than once, which a pytree would not know."""
     nodes = jax.tree.leaves(tree, is_leaf=is_box)
     variables = [id(node) for node in nodes if _is_a(node, "Variable")]
     return len(set(variables)) < len(variables)
+
+
+def check_unshared(name: str, tree: Any, where: str, remedy: str) -> None:
+    """Raises if a Variable occurs more than once."""
+    rule = (
+        f"without Variables that Flax NNX objects share, {where} (split it with "
+        f"`nnx.split`, or {remedy})"
+    )
+    require(not _shares_variables(tree), name, rule, "a shared one")
 
 
 # --- paths ----------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """What several test files need: parameters, gradients, runs, comparisons."""
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
 import optax
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def make_params(*groups, dtype="float32"):

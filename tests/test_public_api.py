@@ -3,16 +3,15 @@
 import ast
 import graphlib
 import inspect
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from common import ROOT
 
 import optax_superconv as osc
 
-ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "optax_superconv"
 
 # Imports point down this list of rooms. Those of one line do not import each other.
@@ -98,6 +97,23 @@ def test_no_two_modules_import_each_other():
         for module, path in modules.items()
     }
     graphlib.TopologicalSorter(graph).prepare()  # Raises where there is a cycle.
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
+def test_a_module_fits_in_one_reading(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
+def test_code_names_flax_in_one_room(path):
+    """Docstrings may: they say which containers of Flax a function takes."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            body.pop(0)
+    names_it = re.search("flax|nnx|linen", ast.unparse(tree), flags=re.I)
+    assert bool(names_it) == (module_of(path) == "_trees")
 
 
 def section(doc, title):

@@ -1,6 +1,5 @@
 """Examples, benchmarks and the code in the documents run."""
 
-import pathlib
 import re
 import runpy
 import sys
@@ -8,8 +7,8 @@ import time
 
 import matplotlib
 import pytest
+from common import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 BENCHMARKS = [
     path
@@ -92,4 +91,5 @@ def test_contributing_names_tests_that_exist():
     named = re.findall(r"`(test_\w+)::(test_\w+)`", table)
     assert len(named) >= 15
     for module, name in named:
-        assert f"def {name}(" in (ROOT / "tests" / f"{module}.py").read_text(), name
+        (path,) = (ROOT / "tests").rglob(f"{module}.py")
+        assert f"def {name}(" in path.read_text(), name

@@ -9,11 +9,11 @@ import sysconfig
 import venv
 
 import pytest
+from common import ROOT
 
 import optax_superconv as osc
 
 PACKAGE = pathlib.Path(osc.__file__).parent
-ROOT = pathlib.Path(__file__).parents[1]
 CONSUMER = ROOT / "tests" / "consumer.py"
 SOURCES = [
     path

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from optax_superconv import _batches, _checks
-from optax_superconv._trees import shares_variables
+from optax_superconv._trees import check_unshared
 from optax_superconv.finders import _members, _runs
 from optax_superconv.finders._range_test import RangeTestResult, read_curve
 from optax_superconv.finders._suggestions import smooth_curve
@@ -305,13 +305,8 @@ def grid_test(
             "(or take mode='constant')",
             f"{sorted(axes)}",
         )
-    _checks.require(
-        not (vectorize and shares_variables(state)),
-        "state",
-        "without Variables that Flax NNX objects share, under `vmap` (split it with "
-        "`nnx.split`, or take vectorize=False)",
-        "a shared one",
-    )
+    if vectorize:
+        check_unshared("state", state, "under `vmap`", "take vectorize=False")
     source = _batches.draw(batches)
     columns = np.meshgrid(*axes.values(), indexing="ij")
     values = {

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from optax_superconv import _batches, _checks
+from optax_superconv._numerics import weight_after
 from optax_superconv.finders import _runs
 
 State = TypeVar("State")
@@ -64,8 +65,8 @@ def read_curve(
     seen: list[float] = []
     smoothed: list[float] = []
     for loss in map(float, losses):
-        total = smoothing * total + (1 - smoothing) * loss
-        weight = smoothing * weight + (1 - smoothing)
+        total += (1 - smoothing) * (loss - total)
+        weight = weight_after(weight, 1 - smoothing)
         seen.append(loss)
         smoothed.append(total / weight)
         best = min(best, smoothed[-1])

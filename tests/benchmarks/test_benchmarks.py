@@ -4,26 +4,21 @@ import argparse
 import io
 import itertools
 import json
-import pathlib
-import sys
 import tarfile
 
+import data
+import harness
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import optax
 import pytest
+import tasks
+from common import ROOT
 from flax import nnx
 from jax import lax
 from PIL import Image
-
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import data  # noqa: E402
-import harness  # noqa: E402
-import networks  # noqa: E402
-import tasks  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

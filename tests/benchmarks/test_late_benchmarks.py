@@ -1,19 +1,12 @@
 """The benchmarks of late decay and of large rates are what they say."""
 
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
+import large_rate_regimes as regimes
+import late_decay_minimum_norm as minimum_norm
 import numpy as np
 import optax
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import large_rate_regimes as regimes  # noqa: E402
-import late_decay_minimum_norm as minimum_norm  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

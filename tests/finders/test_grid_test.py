@@ -3,7 +3,6 @@
 import functools
 import itertools
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import ROOT
 from flax import nnx
 
 import optax_superconv as osc
@@ -478,7 +478,7 @@ for vectorize in (True, False):
     assert one.best == two.best
 """
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    root = pathlib.Path(__file__).parents[1]
+    root = ROOT
     subprocess.run([sys.executable, "-c", code], env=env, cwd=root, check=True)
 
 

@@ -1,20 +1,15 @@
 """What README and docs/costs.md claim, measured again, on an otherwise idle machine."""
 
-import pathlib
 import subprocess
 import sys
 import time
 
+import harness
 import numpy as np
+import overhead
 import pytest
-from common import evaluate
+from common import ROOT, evaluate
 from test_schedules import SHAPES, check_onecycle, make_onecycle
-
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import harness  # noqa: E402
-import overhead  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,6 @@
 """Other libraries' schedules are special cases: docs/schedules.md gives these calls."""
 
 import math
-import pathlib
 import re
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from common import evaluate
+from common import ROOT, evaluate
 
 import optax_superconv as osc
 
@@ -288,7 +287,7 @@ def test_airbench_triangle():
 
 T, m, p, b, u, W, S, r = 100, 0.2, 0.3, 0.01, 7, 29, 50, 0.05
 D, q, h = 20, 0.1, 6.0
-DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "schedules.md"
+DOCUMENT = ROOT / "docs" / "schedules.md"
 ROWS = re.findall(r"^\| (.*) \| `(.*)` \|$", DOCUMENT.read_text(), flags=re.M)
 TORCH = {"pct_start": p, "anneal": reference.cosine}
 WSD = {"lr": m, "total": T, "warmup": W, "decay": D}

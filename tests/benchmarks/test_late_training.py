@@ -2,22 +2,17 @@
 
 import functools
 import itertools
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
+import late_decay_training as benchmark
 import numpy as np
 import optax
 import pytest
+import tasks
 from flax import nnx
 
 import optax_superconv as osc
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-
-import late_decay_training as benchmark
-import tasks
 
 pytestmark = pytest.mark.slow
 
