@@ -12,11 +12,7 @@ import jax
 import numpy as np
 
 from optax_superconv import _checks
-
-
-def is_array(value: Any) -> bool:
-    """Whether this has a shape and a dtype."""
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+from optax_superconv._numerics import is_array
 
 
 def is_stacked(batches: Any) -> bool:

@@ -158,15 +158,12 @@ def states_in(opt_state: Any) -> str:
     """For a message: which kinds of states there are."""
     kinds: dict[str, None] = {}
 
-    def visit(node: Any) -> None:
+    def note(node: Any) -> bool:
         if hasattr(node, "_fields"):
             kinds[type(node).__name__] = None
-        children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
-        for child in children:
-            if child is not node:
-                visit(child)
+        return False  # Go on inside.
 
-    visit(opt_state)
+    jax.tree.leaves(opt_state, is_leaf=note)
     return ", ".join(kinds) or f"a {type(opt_state).__name__}"
 
 

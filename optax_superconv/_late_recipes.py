@@ -63,7 +63,7 @@ def _last(
 ) -> list[optax.GradientTransformation]:
     if average is None:
         return []
-    check_transformation("average", average, "such as `ema_params(0.999)`")
+    check_transformation("average", average, " such as `ema_params(0.999)`")
     return [average]
 
 

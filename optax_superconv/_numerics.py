@@ -6,7 +6,7 @@ to the dtype of the leaf that it came from.
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,11 @@ import optax
 from jax.typing import ArrayLike
 
 Weight = TypeVar("Weight", jax.Array, float)
+
+
+def is_array(value: Any) -> bool:
+    """Whether this has a shape and a dtype."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def wide_dtype(*values: ArrayLike) -> np.dtype:

@@ -107,9 +107,10 @@ def path_of(keys: KeyPath) -> str:
     return keystr(keys, simple=True, separator="/")
 
 
-def named_leaves(tree: Any, *, holes: bool = False) -> list[tuple[Names, Any]]:
-    """Each leaf and its names; with ``holes``, None and masked leaves too."""
-    is_leaf = is_position if holes else is_box
+def named_leaves(
+    tree: Any, is_leaf: Callable[[Any], bool] = is_box
+) -> list[tuple[Names, Any]]:
+    """Each leaf and its names."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return [(tuple(path_of((key,)) for key in keys), leaf) for keys, leaf in found]
 
@@ -133,6 +134,19 @@ def map_with_paths(
 def begins_of(names: Names) -> list[Names]:
     """From the root down to itself: ``()``, ``(a,)``, ``(a, b)``."""
     return [names[:k] for k in range(len(names) + 1)]
+
+
+def outside(names: Iterable[Names], parents: set[Names]) -> list[Names]:
+    """Of the names, those that are not at or below one of the parents."""
+    return [name for name in names if not parents & {*begins_of(name)}]
+
+
+def difference(lost: Iterable[Names], new: Iterable[Names]) -> str:
+    """For a message: what is missing and what is new; empty if nothing is."""
+    without, anew = (sorted("/".join(name) for name in names) for names in (lost, new))
+    reasons = [f"without {listed(without)}"] * bool(without)
+    reasons += [f"with {listed(anew)} anew"] * bool(anew)
+    return " and ".join(reasons)
 
 
 def is_masked(tree: Any) -> bool:
@@ -168,24 +182,27 @@ def check_labels(labels: Iterable[Any], name: str = "param_labels") -> list[Any]
 
 def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
     """A label per leaf of ``params``, in their order; a box is one leaf."""
-    positions = named_leaves(params, holes=True)
-    if not positions:
+    if not jax.tree.leaves(params, is_leaf=is_position):
         return []  # The placeholder of optax.tree.map_params is such a tree.
+
+    def is_leaf(node: Any) -> bool:
+        return is_box(node) or not jax.tree.leaves(node)  # With what is empty.
+
+    positions = named_leaves(params, is_leaf)
     tree = param_labels(params) if is_function(param_labels) else param_labels
     given = {names: jax.tree.leaves(box)[0] for names, box in named_leaves(tree)}
     labels: list[Any] = []
     lost: list[Names] = []
     for names, leaf in positions:
-        if leaf is None or is_hole(leaf):
-            continue
         label = next((given[b] for b in begins_of(names) if b in given), None)
-        if label is None:
-            lost.append(names)
-        labels.append(label)
+        if jax.tree.leaves(leaf):
+            (lost if label is None else labels).append(
+                names if label is None else label
+            )
     used = {begin for names, _ in positions for begin in begins_of(names)}
     # What is taken out may be a whole subtree of labels.
     holes = {names for names, leaf in positions if is_hole(leaf)}
-    idle = [n for n in given if n not in used and not holes & {*begins_of(n)}]
+    idle = [names for names in outside(given, holes) if names not in used]
     if lost or idle:
         reasons = [f"no label for {listed(map('/'.join, lost))}"] * bool(lost)
         reasons += [f"no parameter at {listed(map('/'.join, idle))}"] * bool(idle)
@@ -199,14 +216,14 @@ def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
 
 
 def check_entries(
-    name: str, by_label: Mapping[Any, Any], labels: list[Any], params: Any
+    name: str, by_label: Mapping[Any, Any], labels: list[Any], params: Any, hint: str
 ) -> None:
     """Raises unless each label has an entry in the dict, and each entry a parameter."""
     first = dict(zip(reversed(labels), reversed(paths_of(params)), strict=True))
-    missing = [f"{k} ({first[k]} ...)" for k in sorted(first) if k not in by_label]
-    rule = f"`{name}` must have every label, got none for"
+    missing = [f"{k!r} ({first[k]} ...)" for k in sorted(first) if k not in by_label]
     if missing:
-        raise ValueError(f"{rule} {listed(missing)}.")
+        rule = f"`{name}` must have every label{hint}"
+        raise ValueError(f"{rule}, got none for {', '.join(missing[:8])}.")
     idle = [label for label in by_label if label not in first]
     if idle and labels and not is_masked(params):
         there = f"where the labels are {listed(sorted(first))}"
@@ -231,20 +248,11 @@ def check_skeleton(updates: optax.Updates, skeleton: Any) -> None:
     if jax.tree.structure(now) == same:
         return
 
-    def leaves_of(tree: Any) -> set[str]:
-        def is_empty(node: Any) -> bool:
-            return type(node) is tuple and not node
+    def names_in(tree: Any) -> dict[Names, Any]:
+        return dict(named_leaves(tree, lambda node: type(node) is tuple and not node))
 
-        paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_empty)
-        return {path_of(path) for path, _ in paths}
-
-    before, after = leaves_of(skeleton), leaves_of(now)
-    reasons = [
-        *([f"without {listed(sorted(before - after))}"] if before - after else []),
-        *([f"with {listed(sorted(after - before))} anew"] if after - before else []),
-    ] or [f"containers of another kind ({type(now).__name__} at the root)"]
-    raise ValueError(
-        "`updates` must have the structure of the parameters at `init`, got updates "
-        + " and ".join(reasons)
-        + "."
-    )
+    before, after = names_in(skeleton), names_in(now)
+    changed = difference(before.keys() - after, after.keys() - before)
+    kind = f"containers of another kind ({type(now).__name__} at the root)"
+    rule = "the structure of the parameters at `init`"
+    raise ValueError(f"`updates` must have {rule}, got updates {changed or kind}.")

@@ -96,9 +96,9 @@ def onecycle_sgd(
         end_learning_rate,
         {"max_momentum": max_momentum, "base_momentum": base_momentum},
         total_steps,
+        warmup_steps,
+        annihilation_steps,
         shape,
-        warmup_steps=warmup_steps,
-        annihilation_steps=annihilation_steps or 0,
     )
     return optax.chain(
         add_decayed_weights(weight_decay, weight_decay_mask),
@@ -189,9 +189,9 @@ def onecycle_adamw(
         end_learning_rate,
         {"max_b1": max_b1, "base_b1": base_b1},
         total_steps,
+        warmup_steps,
+        annihilation_steps,
         shape,
-        warmup_steps=warmup_steps,
-        annihilation_steps=annihilation_steps or 0,
     )
     return optax.chain(
         scale_by_scheduled_adam(b1, b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov),
@@ -302,9 +302,9 @@ def fine_tune_adamw(
         end_learning_rate,
         {"max_b1": max_b1, "base_b1": base_b1},
         total_steps,
+        warmup_steps,
+        annihilation_steps,
         shape,
-        warmup_steps=warmup_steps,
-        annihilation_steps=annihilation_steps or 0,
         rise_steps=freeze_steps,
     )
 
@@ -327,9 +327,10 @@ def fine_tune_adamw(
         return {k: 0 if k == labels[-1] else freeze_steps for k in labels}
 
     def multipliers(labels: list[Any]) -> dict[Any, Any]:
-        # Names come as a set.
         rule = "integers that rise from the input to the output"
-        _checks.require(isinstance(labels, list), "param_labels", rule, labels)
+        ordered = isinstance(labels, list)  # Names come as a set.
+        names = _checks.listed(sorted(labels))
+        _checks.require(ordered, "param_labels", rule, f"names without order, {names}")
         return layerwise_multipliers(labels, decay, min_multiplier=min_multiplier)
 
     adamw = adamw_from(0)

@@ -97,7 +97,7 @@ def chains() -> dict[str, optax.GradientTransformation]:
         ),
         "sum": optax.chain(
             osc.scheduled_trace(0.9, nesterov=True),
-            osc.triggered_cooldown(rate, plateau_steps=10, plateau_cooldown_steps=5),
+            osc.triggered_cooldown(rate),
             osc.swa_params(10, every=5),
         ),
         "thawed": osc.gradual_unfreezing(

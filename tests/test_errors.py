@@ -446,7 +446,7 @@ BAD_VALUES = [
     (
         lambda: fine_tune(freeze_steps=6, warmup_steps=4),
         "warmup_steps",
-        "at least 0 and less than `total_steps`",
+        "at least 0 and less than `total_steps - freeze_steps` (4)",
         "4",
     ),
     (lambda: osc.triggered_cooldown(np.nan), "schedule", "finite", "nan"),
@@ -507,10 +507,10 @@ BAD_VALUES = [
     ),
     (lambda: osc.start_cooldown({}, 3), "opt_state", "of an optimizer", "a dict"),
     (
-        lambda: osc.start_cooldown(TWO | {"b": osc.start_cooldown(TWO["b"], 3)}, 4),
+        lambda: osc.start_cooldown(osc.start_cooldown(TWO, 3), 4),
         "opt_state",
         "one whose cooldown has not been started",
-        "one at 'b' that cools down since step 0 over 3 steps",
+        "one at 'a' that cools down since step 0 over 3 steps",
     ),
     (lambda: osc.average_params(0.0), "weight", "above 0 and at most 1", "0.0"),
     (lambda: osc.average_params(1.5), "weight", "above 0 and at most 1", "1.5"),
@@ -522,12 +522,17 @@ BAD_VALUES = [
     (lambda: osc.lawa_params(0), "window", "at least 1", "0"),
     (lambda: osc.lawa_params(2, every=0), "every", "at least 1", "0"),
     (lambda: osc.average_params(power=-1), "power", "at least 0", "-1"),
-    (lambda: osc.average_params(), "weight", "given, or else `power`", "None and None"),
+    (
+        lambda: osc.average_params(),
+        "weight",
+        "given, or `power`",
+        "weight=None and power=None",
+    ),
     (
         lambda: osc.average_params(0.1, power=1),
         "weight",
-        "given, or else `power`",
-        "0.1 and 1",
+        "given, or `power` in its place",
+        "weight=0.1 and power=1",
     ),
     (
         lambda: osc.ema_params(0.9, accumulator_dtype=int),

@@ -22,7 +22,8 @@ ROOMS = [
     {"recipes", "_late_recipes"},
     {"transforms"},
     {"schedules", "_dials"},
-    {"_trees", "_numerics", "_batches"},
+    {"_trees", "_batches"},
+    {"_numerics"},
     {"_checks"},
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -18,7 +18,7 @@ CONSUMER = ROOT / "tests" / "consumer.py"
 SOURCES = [
     path
     for folder in (PACKAGE, ROOT / "benchmarks", ROOT / "examples")
-    for path in sorted(folder.glob("*.py"))
+    for path in sorted(folder.rglob("*.py"))
 ]
 IGNORE = re.compile(r"# pyright: ignore\[report\w+(, report\w+)*\]  # \w.*")
 

@@ -28,8 +28,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._batches import is_array
-from optax_superconv._numerics import widen
+from optax_superconv._numerics import is_array, widen
 from optax_superconv.finders._runs import check_alike, summary
 
 Optimizer = Literal["gd", "heavy_ball", "nesterov", "adam"]

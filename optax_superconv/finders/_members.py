@@ -14,11 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_superconv._numerics import is_array
 from optax_superconv.finders import _runs
 
 # ``(step, batch, alive) -> losses``, at least one per member. Those that are not alive
 # have diverged.
 Advance = Callable[[int, Any, np.ndarray], Any]
+
+
+def _strong(leaf: Any) -> jax.Array:
+    """An array whose dtype is its own, not a Python number's."""
+    return jnp.asarray(leaf, jnp.result_type(leaf))
+
+
+def _put(tree: Any, where: Any) -> Any:
+    """The arrays of a tree on a device or a sharding; None leaves them."""
+    if where is None:
+        return tree
+    return jax.tree.map(lambda x: jax.device_put(x, where) if is_array(x) else x, tree)
 
 
 def one_by_one(
@@ -49,7 +62,7 @@ def one_by_one(
     before = _runs.layout(state)
 
     def advance(step: int, batch: Any, alive: np.ndarray) -> list[Any]:
-        batches = {place: _runs.put(batch, place) for place in rates}
+        batches = {place: _put(batch, place) for place in rates}
         losses: list[Any] = [np.nan] * num_members
         for k in np.flatnonzero(alive):
             rate = {name: rungs[step] for name, rungs in rates[places[k]].items()}
@@ -90,7 +103,7 @@ def together(
     def start_fn(state: Any) -> Any:
         shape = (num_members + padding,)
         return jax.tree.map(
-            lambda x: jnp.broadcast_to(_runs.strong(x), shape + np.shape(x)), state
+            lambda x: jnp.broadcast_to(_strong(x), shape + np.shape(x)), state
         )
 
     @partial(jax.jit, donate_argnums=0)
@@ -98,17 +111,17 @@ def together(
         def member_fn(state: Any, hyperparams: Any) -> Any:
             result = step_fn(state, hyperparams | rate, batch)
             _runs.check_step(before, result)
-            return jax.tree.map(_runs.strong, result)
+            return jax.tree.map(_strong, result)
 
         return jax.vmap(member_fn)(states, hyperparams)
 
-    states = jax.jit(start_fn, out_shardings=members)(_runs.put(state, each))
+    states = jax.jit(start_fn, out_shardings=members)(_put(state, each))
 
     def advance(step: int, batch: Any, alive: np.ndarray) -> jax.Array:
         nonlocal states
         del alive  # All take the step: what has diverged costs nothing.
         rate = {name: rungs[step] for name, rungs in rates.items()}
-        batch = _runs.put(batch, each)
+        batch = _put(batch, each)
         states, losses = advance_fn(states, hyperparams, rate, batch)
         return losses
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_superconv import _checks
-from optax_superconv._batches import is_array
+from optax_superconv._numerics import is_array
 from optax_superconv._trees import copy_tree
 
 State = TypeVar("State")
@@ -73,11 +73,6 @@ def copy_state(state: State, device: jax.Device | None = None) -> State:  # pyri
     return copy_tree(state, copied)
 
 
-def strong(leaf: Any) -> jax.Array:
-    """An array whose dtype is its own, not a Python number's."""
-    return jnp.asarray(leaf, jnp.result_type(leaf))
-
-
 def tenth(losses: np.ndarray) -> int:
     """A tenth of the steps, at least 1."""
     return max(1, losses.shape[-1] // 10)
@@ -132,32 +127,30 @@ def check_alike(
         _checks.require(old == new, name, f"{rule}, with {old} at {path}", new)
 
 
-def layout(state: Any) -> dict[str, str]:
-    """What a step must not change: the dtype and the shape at each path."""
-    return {
+def layout(state: Any) -> tuple[dict[str, str], Any]:
+    """What a step must not change: dtype and shape at each path, and the structure."""
+    leaves = {
         f"state{jax.tree_util.keystr(path)}": (
             f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if _is_numeric(leaf)
     }
+    return leaves, jax.tree.structure(state)
 
 
-def check_step(before: dict[str, str], result: Any) -> None:
+def check_step(before: tuple[dict[str, str], Any], result: Any) -> None:
     """Raises unless a step returned a real loss and a state laid out as ``before``."""
     wanted = "`step_fn` must return a pair (state, loss) with a loss that is"
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"{wanted} a number, got a {type(result).__name__}.")
     check_loss(wanted, result[1])
     rule = "a function that returns a state like the one it is given"
-    check_alike("step_fn", rule, before, layout(result[0]))
-
-
-def put(tree: Any, where: Any) -> Any:
-    """The arrays of a tree on a device or a sharding; None leaves them."""
-    if where is None:
-        return tree
-    return jax.tree.map(lambda x: jax.device_put(x, where) if is_array(x) else x, tree)
+    leaves, structure = layout(result[0])
+    check_alike("step_fn", rule, before[0], leaves)
+    # Static data, or another kind of container: each would compile the step anew.
+    same = structure == before[1]
+    _checks.require(same, "step_fn", f"{rule}, of structure {before[1]}", structure)
 
 
 def dispatch(

@@ -80,6 +80,12 @@ def _judge(
     ends = np.nan_to_num(_runs.end_losses(losses), nan=np.inf)
     lowest = int(ends.argmin())
     best = float(ends[lowest])
+    _checks.require(
+        best < np.inf,
+        "bounds",
+        "low enough that some run does not diverge (lower `bounds[0]`)",
+        f"losses that cease to be finite at every rate from {ladder[0]:.3g} up",
+    )
     seen = f"a lowest end loss of {best:.4g} (at rate {ladder[lowest]:.3g})"
     # A single loss is as noisy as its batch, so the start is a mean as the ends are;
     # unless the lowest rate learns as quickly as that.

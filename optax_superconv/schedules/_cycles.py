@@ -37,20 +37,38 @@ def check_cycle(
             _phases.check_positive(name, value)
 
 
+def _checked_init(
+    kind: str,
+    peak: ArrayLike,
+    init: ArrayLike | None,
+    end: ArrayLike,
+    annihilation_steps: Any,
+    shape: Shape,
+) -> ArrayLike:
+    """The initial rate; the rates are checked as ``peak_<kind>`` and the like."""
+    _checks.number(f"peak_{kind}", peak)
+    if init is None:
+        init = cast(jax.Array, peak) / 25  # Or a number, likewise.
+    lower = {f"init_{kind}": init, f"end_{kind}": end}
+    check_cycle({f"peak_{kind}": peak} | lower, shape)
+    if annihilation_steps:
+        check_cycle(lower, shape)
+    return init
+
+
 def _onecycle(
-    total_steps: int,
+    total: tuple[str, int],
     warmup_steps: int | None,
     annihilation_steps: int,
-    init_value: ArrayLike,
-    peak_value: ArrayLike,
-    end_value: ArrayLike,
+    values: tuple[ArrayLike, ArrayLike, ArrayLike],
     shape: Shape,
 ) -> optax.Schedule:
     """Moves from the initial value to the peak, back to it, and then to the end."""
-    total_steps = _checks.steps("total_steps", total_steps, at_least=1)
+    init_value, peak_value, end_value = values
+    total_steps = _checks.steps(*total, at_least=1)
     if warmup_steps is None:
         warmup_steps = round(0.3 * total_steps)
-    total = "total_steps", total_steps
+    total = total[0], total_steps
     warmup_steps = _checks.steps("warmup_steps", warmup_steps, below=total)
     annihilation_steps = _checks.steps("annihilation_steps", annihilation_steps)
     both = warmup_steps + annihilation_steps
@@ -128,24 +146,14 @@ def onecycle_schedule(
       Smith, `A disciplined approach to neural network hyper-parameters
       <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1).
     """
-    _checks.number("peak_value", peak_value)
-    if init_value is None:
-        init_value = cast(jax.Array, peak_value) / 25  # Or a number, likewise.
-    values = {
-        "peak_value": peak_value,
-        "init_value": init_value,
-        "end_value": end_value,
-    }
-    check_cycle(values, shape)
-    if annihilation_steps:
-        check_cycle({"init_value": init_value, "end_value": end_value}, shape)
+    init = _checked_init(
+        "value", peak_value, init_value, end_value, annihilation_steps, shape
+    )
     return _onecycle(
-        total_steps,
+        ("total_steps", total_steps),
         warmup_steps,
         annihilation_steps,
-        init_value,
-        peak_value,
-        end_value,
+        (init, peak_value, end_value),
         shape,
     )
 
@@ -200,12 +208,10 @@ def onecycle_momentum_schedule(
     values = {"max_momentum": max_momentum, "base_momentum": base_momentum}
     check_cycle(values, shape, _checks.DECAY_RULE, _checks.decay_rate)
     return _onecycle(
-        total_steps,
+        ("total_steps", total_steps),
         warmup_steps,
         annihilation_steps,
-        max_momentum,
-        base_momentum,
-        max_momentum,
+        (max_momentum, base_momentum, max_momentum),
         shape,
     )
 
@@ -216,38 +222,39 @@ def onecycle_pair(
     end_learning_rate: ArrayLike,
     momenta: dict[str, ArrayLike],
     total_steps: int,
+    warmup_steps: int | None,
+    annihilation_steps: int | None,
     shape: Shape,
     *,
     rise_steps: int = 0,
-    **durations: Any,
 ) -> tuple[optax.Schedule, optax.Schedule]:
     """Rate and momentum schedules, their values checked under the caller's names.
 
     For ``rise_steps`` the rate rises to its peak once before the cycle.
     """
-    peak, init, end = peak_learning_rate, init_learning_rate, end_learning_rate
-    lower = {"end_learning_rate": end}
-    if init is not None:
-        lower = {"init_learning_rate": init} | lower
-        if durations["annihilation_steps"]:
-            check_cycle(lower, shape)
-    check_cycle({"peak_learning_rate": peak} | lower, shape)
+    peak, end, annihilation = peak_learning_rate, end_learning_rate, annihilation_steps
+    init = _checked_init(
+        "learning_rate", peak, init_learning_rate, end, annihilation, shape
+    )
     check_cycle(momenta, shape, _checks.DECAY_RULE, _checks.decay_rate)
     high, low = momenta.values()
-    durations |= {"shape": shape, "total_steps": total_steps - rise_steps}
-    rate = onecycle_schedule(peak, init_value=init, end_value=end, **durations)
-    momentum = onecycle_momentum_schedule(
-        max_momentum=high, base_momentum=low, **durations
-    )
-    if not rise_steps:
-        return rate, momentum
+    total = "total_steps", total_steps
+    if rise_steps:
+        total = "total_steps - freeze_steps", total_steps - rise_steps
 
-    def rising(start: Any, top: Any, then: optax.Schedule) -> optax.Schedule:
-        first = phase_schedule(start, [Phase(rise_steps, top, shape)])
-        return optax.join_schedules([first, then], [rise_steps])
+    def cycle(init: ArrayLike, peak: ArrayLike, end: ArrayLike) -> optax.Schedule:
+        values = init, peak, end
+        then = _onecycle(total, warmup_steps, annihilation or 0, values, shape)
+        if not rise_steps:
+            return then
+        first = phase_schedule(init, [Phase(rise_steps, peak, shape)])
 
-    start = peak / 25 if init is None else init
-    return rising(start, peak, rate), rising(high, low, momentum)
+        def wide(schedule: optax.Schedule) -> optax.Schedule:
+            return lambda count: jnp.asarray(schedule(count), wide_dtype(*values))
+
+        return optax.join_schedules([wide(first), wide(then)], [rise_steps])
+
+    return cycle(init, peak, end), cycle(high, low, high)
 
 
 def cyclical_schedule(

@@ -179,12 +179,9 @@ def average_params(
       Shamir and Zhang, `Stochastic Gradient Descent for Non-smooth Optimization
       <https://arxiv.org/abs/1212.1824>`_, 2013, section 4 (powers).
     """
-    _checks.require(
-        (weight is None) != (power is None),
-        "weight",
-        "given, or else `power`",
-        f"{weight} and {power}",
-    )
+    one = (weight is None) != (power is None)
+    rule = "given, or `power` in its place"
+    _checks.require(one, "weight", rule, f"weight={weight} and power={power}")
     if power is not None:
         rule = "finite and at least 0"
         _checks.number("power", power, rule, _checks.non_negative)

@@ -204,9 +204,9 @@ def recalibrate_batch_stats(
         Haiku: a ``BatchNorm`` with ``decay_rate=0``, and the pairs
         ``("mean_ema/hidden", "var_ema/hidden")`` and the same of ``average``.
       batches: A sequence, an iterable, an iterator or a stacked pytree of batches, as
-        for :func:`range_test`, but each is seen once. The leaves of a batch have one
-        leading axis of examples, except for scalars and keys. Sizes may differ, and
-        each compiles on its own.
+        for :func:`range_test` (so a tuple of arrays is stacked), but each is seen once.
+        The leaves of a batch have one leading axis of examples, except for scalars and
+        keys. Sizes may differ, and each compiles on its own.
       pairs: Names (mean, variance) of leaves side by side, a name being the end of a
         path such as ``var`` in ``norm/var``. Each must occur. All other leaves get the
         mean of the batches, weighted by their examples.
@@ -234,7 +234,7 @@ def recalibrate_batch_stats(
       >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
       >>> graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
       >>> def update_fn(params, stats, batch):
-      ...     model = nnx.merge(graph, params, stats)
+      ...     model = nnx.merge(graph, params, stats, copy=True)
       ...     model(batch)
       ...     return nnx.state(model, nnx.BatchStat)
       >>> forward = Partial(update_fn, params)  # Or the averaged parameters.
@@ -265,7 +265,7 @@ def recalibrate_batch_stats(
       Variances <https://doi.org/10.1007/978-3-642-51461-6_3>`_, 1982.
     """
     _checks.function("update_fn", update_fn)
-    run = jax.jit(update_fn)
+    run = jax.jit(update_fn)  # Which does not outlive the function.
     if isinstance(update_fn, Partial):  # What it holds is traced as well.
         run = functools.partial(_apply, update_fn)
     leaves, structure = jax.tree.flatten(stats)

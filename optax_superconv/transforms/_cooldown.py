@@ -16,7 +16,6 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import KeyPath, tree_map_with_path
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
@@ -27,7 +26,7 @@ from optax_superconv._dials import (
     value_at,
 )
 from optax_superconv._numerics import increment, scale
-from optax_superconv._trees import array_of, boxed_as, in_new_boxes, path_of
+from optax_superconv._trees import array_of, boxed_as, in_new_boxes
 from optax_superconv.schedules._phases import Shape, check_positive, check_shape, move
 from optax_superconv.transforms._link import link
 
@@ -156,47 +155,37 @@ def _checked_length(cooldown_steps: Any) -> jax.Array:
             f"{dtype}."
         )
     if not traced:
-        lengths = np.asarray(cooldown_steps)
-        _checks.require(
-            np.all((lengths >= 1) & (lengths <= _checks.MAX_STEPS)),
-            "cooldown_steps",
-            f"at least 1 and at most {_checks.MAX_STEPS}",
-            cooldown_steps,
-        )
+        most = _checks.MAX_STEPS
+        lengths, rule = np.asarray(cooldown_steps), f"at least 1 and at most {most}"
+        holds = (lengths >= 1) & (lengths <= most)
+        _checks.require(holds.all(), "cooldown_steps", rule, cooldown_steps)
     return jnp.asarray(cooldown_steps, jnp.int32)
 
 
+def _is_running(state: TriggeredCooldownState) -> bool:
+    """Whether a cooldown is known to have been started."""
+    steps = array_of(state.cooldown_steps)
+    known = not isinstance(steps, jax.core.Tracer) and steps.size > 0
+    return known and bool(jnp.all(steps > 0))
+
+
 def _started(
-    path: str, state: TriggeredCooldownState, length: jax.Array
+    state: TriggeredCooldownState, length: jax.Array
 ) -> TriggeredCooldownState:
     count, start, steps = map(
         array_of, (state.count, state.start_step, state.cooldown_steps)
     )
-    try:
-        fits = np.broadcast_shapes(length.shape, count.shape) == count.shape
-    except ValueError:
-        fits = False
     _checks.require(
-        fits,
+        length.shape in ((), count.shape),
         "cooldown_steps",
         f"a single number, or of the shape {count.shape} of the state's count (to fork "
         "a state, use `jax.vmap(lambda n: start_cooldown(state, n))(lengths)`)",
         f"an array of shape {length.shape}",
     )
-    if not isinstance(steps, jax.core.Tracer):
-        at = f" at {path!r}" if path else ""
-        _checks.require(
-            not np.all(steps > 0) or not steps.size,
-            "opt_state",
-            "one whose cooldown has not been started",
-            f"one{at} that cools down since step {start} over {steps} steps",
-        )
     idle = (steps == 0) & (length > 0)
-    new_start = jnp.where(idle, count, start)
-    new_steps = jnp.where(idle, length, steps)
     return in_new_boxes(state)._replace(
-        start_step=boxed_as(state.start_step, new_start),
-        cooldown_steps=boxed_as(state.cooldown_steps, new_steps),
+        start_step=boxed_as(state.start_step, jnp.where(idle, count, start)),
+        cooldown_steps=boxed_as(state.cooldown_steps, jnp.where(idle, length, steps)),
     )
 
 
@@ -214,7 +203,8 @@ def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
 
     Args:
       opt_state: An optimizer state, or any pytree that holds one, such as a Linen
-        ``TrainState``. Of several triggers in it, as of ``optax.partition``, all start.
+        ``TrainState``. Of several triggers in it, as of ``optax.partition``, all start
+        that have not been started.
       cooldown_steps: Length of the cooldown in optimizer steps, at least 1: an int or
         an integer array, which may be traced. A traced length below 1 starts nothing,
         so ``start_cooldown(state, jnp.where(loss < 0.1, 100, 0))`` decides inside
@@ -228,8 +218,8 @@ def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
       of a state with a leading axis, unless all have been started.
 
     Raises:
-      ValueError: If there is no trigger in the state, or if the cooldown of a concrete
-        state has been started before.
+      ValueError: If there is no trigger in the state, or if all cooldowns of a concrete
+        state have been started before.
 
     Examples:
       >>> import jax
@@ -258,10 +248,20 @@ def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
         states_in(opt_state),
     )
 
+    (path, state), *_ = found.items()
+    _checks.require(
+        not all(map(_is_running, found.values())),
+        "opt_state",
+        "one whose cooldown has not been started",
+        f"one{f' at {path!r}' if path else ''} that cools down since step "
+        f"{array_of(state.start_step)} over {array_of(state.cooldown_steps)} steps",
+    )
+
     def is_trigger(node: Any) -> bool:
         return isinstance(node, TriggeredCooldownState)
 
-    def start(keys: KeyPath, node: Any) -> Any:
-        return _started(path_of(keys), node, length) if is_trigger(node) else node
-
-    return tree_map_with_path(start, opt_state, is_leaf=is_trigger)
+    return jax.tree.map(
+        lambda node: _started(node, length) if is_trigger(node) else node,
+        opt_state,
+        is_leaf=is_trigger,
+    )

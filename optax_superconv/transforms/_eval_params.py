@@ -12,22 +12,22 @@ from optax_superconv import _checks, _trees
 from optax_superconv._checks import listed
 from optax_superconv._dials import find_states, states_in
 from optax_superconv._numerics import wide_dtype
+from optax_superconv._trees import Names
 from optax_superconv.transforms._averages import AverageState
 from optax_superconv.transforms._snapshots import SnapshotState
 
 
-def _positions(averages: optax.Params, params: optax.Params) -> dict[_trees.Names, Any]:
+def _positions(averages: optax.Params, params: optax.Params) -> dict[Names, Any]:
     """What was averaged, by its names; raises unless ``params`` has the same leaves."""
-    found = dict(_trees.named_leaves(averages, holes=True))
-    current = dict(_trees.named_leaves(params, holes=True))
+    found = dict(_trees.named_leaves(averages, _trees.is_position))
+    current = dict(_trees.named_leaves(params, _trees.is_position))
     # What is masked may be a whole subtree.
     holes = {names for names, leaf in found.items() if _trees.is_hole(leaf)}
-    missing = [n for n in found if n not in current and n not in holes]
-    new = [n for n in current if n not in found and not holes & {*_trees.begins_of(n)}]
-    reasons = [f"no {listed(map('/'.join, missing))}"] * bool(missing)
-    reasons += [f"{listed(map('/'.join, new))} anew"] * bool(new)
+    lost = _trees.outside(found.keys() - current, holes)
+    new = _trees.outside(current.keys() - found, holes)
+    changed = _trees.difference(lost, new)
     rule = "of the structure that the average has seen at `init`"
-    _checks.require(not reasons, "params", rule, " and ".join(reasons))
+    _checks.require(not changed, "params", rule, changed)
     return {n: leaf for n, leaf in found.items() if leaf is not None and n not in holes}
 
 
@@ -110,7 +110,7 @@ def eval_params(
     )
     averages = _positions(tree, params)
 
-    def averaged(names: _trees.Names, leaf: Any) -> Any:
+    def averaged(names: Names, leaf: Any) -> Any:
         if names not in averages:
             return _trees.in_new_boxes(leaf)
         average, now = _mean(state, averages[names]), _trees.array_of(leaf)

@@ -173,7 +173,7 @@ def _multipliers_of(multipliers: Any, labels: list[Any], params: Any) -> dict[An
         # Names have no order: a set of them is refused by what would need one.
         multipliers = multipliers(set(known) if isinstance(known[0], str) else known)
         _checked_multipliers(multipliers)
-    _trees.check_entries("multipliers", multipliers, labels, params)
+    _trees.check_entries("multipliers", multipliers, labels, params, "")
     return multipliers
 
 

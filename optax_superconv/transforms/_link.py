@@ -57,12 +57,12 @@ def is_transformation(value: Any) -> TypeIs[optax.GradientTransformation]:
     return hasattr(value, "init") and hasattr(value, "update")
 
 
-def check_transformation(name: str, value: Any, example: str) -> None:
+def check_transformation(name: str, value: Any, more: str = "") -> None:
     """Raises unless this can stand in a chain."""
     if not is_transformation(value):
         raise TypeError(
-            f"`{name}` must be a gradient transformation {example}, got {value!r} of "
-            f"type {type(value).__name__}."
+            f"`{name}` must be a gradient transformation{more}, got {value!r} of type "
+            f"{type(value).__name__}."
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.tree_util import all_leaves
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
@@ -35,7 +36,7 @@ def _in_order(labels: Any) -> list[Any]:
     distinct = check_labels(found, "labels")
     _checks.require(bool(distinct), "labels", "at least one label", labels)
     if isinstance(distinct[0], str) and len(distinct) > 1:
-        if not (isinstance(labels, list | tuple) and len(labels) == len(found)):
+        if not (isinstance(labels, list | tuple) and all_leaves(labels)):
             raise ValueError(
                 "`labels` must be numbers, or names in a sequence from the input to "
                 f"the output, got a tree of names {_checks.listed(distinct)}, which "

@@ -100,13 +100,13 @@ def gradual_unfreezing(
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.3.
     """
     if not callable(inner):
-        check_transformation("inner", inner, "or a function that makes one")
+        check_transformation("inner", inner, " or a function that makes one")
 
     def make_inner(step: int) -> optax.GradientTransformation:
         if is_transformation(inner):
             return inner
         made = inner(step)
-        check_transformation("inner", made, f"if it is called with {step}")
+        check_transformation(f"inner({step})", made)
         return made
 
     return unfreezing(make_inner, _checked_steps(thaw_steps), param_labels)
@@ -139,7 +139,8 @@ def unfreezing(
             steps = thaw_steps
         else:
             steps = thaw_steps(_trees.check_labels(labels)) if labels else {}
-        _trees.check_entries("thaw_steps", steps, labels, tree)
+        hint = " (0 trains from the start, None never)"
+        _trees.check_entries("thaw_steps", steps, labels, tree, hint)
         return [steps[label] for label in labels], steps
 
     def part(tree: Any, thaws: list[int | None], step: int) -> Any:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 
 import equinox as eqx
@@ -664,3 +665,27 @@ def test_held_out_losses_are_what_is_read():
     expected = osc.suggest_learning_rate(as_result(falling(x + 1)))
     assert osc.suggest_learning_rate(result) == expected
     assert expected < 0.5 * osc.suggest_learning_rate(as_result(falling(x)))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["n"]
+)
+@dataclasses.dataclass
+class Counted:
+    """An array beside a number that a program is compiled for."""
+
+    w: jax.Array
+    n: int = 0
+
+
+CHANGES = {
+    "static": (Counted(jnp.zeros(2)), lambda state: Counted(state.w, state.n + 1)),
+    "container": ([jnp.zeros(2)], tuple),
+    "empty": ({"w": jnp.zeros(2), "x": None}, lambda state: state | {"x": ()}),
+}
+
+
+@pytest.mark.parametrize(("state", "change"), CHANGES.values(), ids=CHANGES)
+def test_a_step_that_would_compile_anew_is_refused(state, change):
+    with pytest.raises(ValueError, match=r"^`step_fn` must be .* of structure"):
+        osc.range_test(lambda s, rate, b: (change(s), jnp.ones(())), state, [None])

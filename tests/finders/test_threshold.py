@@ -407,7 +407,7 @@ BAD_VALUES = [
         {"bounds": (10.0, 1e3)},
         "bounds",
         "lower `bounds[0]`",
-        "inf (at rate 10) after a first loss of 2.55",
+        "losses that cease to be finite at every rate from 10 up",
     ),
     ({"bounds": (0.6, 0.8), "num_steps": 4}, "bounds", "lower `bounds[0]`", "noise"),
     (replaced(1.0, 1.0, 1.0, 1.0, 1.0, 1.0), "bounds", "learn within", "than noise"),

@@ -276,6 +276,25 @@ def test_a_single_group_trains_through_both_phases():
     np.testing.assert_allclose(history, expected, rtol=1e-4, atol=1e-5)
 
 
+MIXED = {
+    "end": {"end_learning_rate": np.float64(1e-5)},
+    "integers": {"peak_learning_rate": 1, "init_learning_rate": 0},
+    "momentum": {"max_b1": np.float64(0.95), "base_b1": np.float32(0.85)},
+}
+
+
+@pytest.mark.parametrize("mixed", MIXED.values(), ids=MIXED)
+def test_values_of_several_dtypes_work_under_strict_promotion(mixed, x64, strict):
+    options = {"peak_learning_rate": np.float32(1e-3)} | mixed
+    tx = osc.fine_tune_adamw(
+        total_steps=10, param_labels=by_path, freeze_steps=2, **options
+    )
+    state = tx.init(START)
+    for _ in range(3):
+        _, state = tx.update(START, state, START)
+    assert osc.read_hyperparams(state)["learning_rate"].dtype == jnp.float32
+
+
 @pytest.mark.parametrize("freeze_steps", [0, 3])
 def test_a_tree_without_parameters_is_no_error(freeze_steps):
     tx = recipe(freeze_steps=freeze_steps)

@@ -591,17 +591,17 @@ BAD = {
     "missing": (
         STATE, {"kernel": PARAMS["kernel"]}, {},
         "`params` must be of the structure that the average has seen at `init`, got "
-        "no 'bias/b'",
+        "without 'bias/b'",
     ),
     "anew": (
         STATE, PARAMS | {"new": jnp.ones(1)}, {},
         "`params` must be of the structure that the average has seen at `init`, got "
-        "'new' anew",
+        "with 'new' anew",
     ),
     "both": (
         STATE, {"kernel": PARAMS["kernel"], "bias": jnp.ones(1)}, {},
         "`params` must be of the structure that the average has seen at `init`, got "
-        "no 'bias/b' and 'bias' anew",
+        "without 'bias/b' and with 'bias' anew",
     ),
     "shape": (
         STATE, PARAMS | {"kernel": jnp.ones((2, 8))}, {},

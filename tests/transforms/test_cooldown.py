@@ -317,7 +317,9 @@ def test_all_triggers_start_or_those_of_the_part_that_is_given():
     state = two_triggers().init({"w": jnp.ones(3), "b": GRAD})
     assert starts(osc.start_cooldown(state, 5)) == [5, 5]
     part = osc.start_cooldown(state.inner_states[1], 5)
-    assert starts((state.inner_states[0], part)) == [0, 5]
+    rest = state._replace(inner_states=state.inner_states | {1: part})
+    assert starts(rest) == [0, 5]
+    assert starts(osc.start_cooldown(rest, 7)) == [7, 5]
 
 
 class Net(nnx.Module):

@@ -724,6 +724,12 @@ def test_nnx_masks_that_are_made_leaf_by_leaf(make):
     assert (model.layers[1].kernel[...] != before).any()
 
 
+@pytest.mark.parametrize("labels", [{"x": "b", "y": "a"}, [["b"], ["a"]]])
+def test_a_tree_of_names_has_no_order(labels):
+    with pytest.raises(ValueError, match=r"^`labels` must be .* no order"):
+        osc.layerwise_multipliers(labels, 0.5)
+
+
 def test_a_function_of_names_gets_no_order_that_the_names_do_not_have():
     names = {"stem": "stem", "body": "body", "head": "head"}
     params = {name: jnp.ones(1) for name in names}
@@ -779,7 +785,7 @@ def test_the_table_takes_multipliers_as_a_function_and_variables():
 
 ONES = {"body": jnp.ones(2), "head": jnp.ones(2)}
 FACTORS = {
-    "missing": ({0: 1.0}, r"`multipliers` must have every .* '1 \(head"),
+    "missing": ({0: 1.0}, r"`multipliers` must have every .* 1 \(head"),
     "idle": ({0: 1.0, 1: 1.0, 7: 1.0}, "`multipliers` must each have a parameter.* 7"),
     "function_missing": (lambda labels: {0: 1.0}, "`multipliers` must have every"),
     "function_negative": (

@@ -440,6 +440,21 @@ def test_a_leaf_that_is_none_needs_no_label_and_may_have_one():
         assert (updates["a"] == 2).all()
 
 
+EMPTY = {
+    "dict": ({"a": LEAF, "b": {}, "c": LEAF}, {"a": 0, "b": 0, "c": 1}),
+    "tuple": ([(LEAF, LEAF), (), (LEAF,)], [0, 0, 1]),  # A layer without parameters.
+}
+
+
+@pytest.mark.parametrize(("params", "labels"), EMPTY.values(), ids=EMPTY)
+def test_what_is_empty_may_have_a_label(params, labels):
+    params = jax.tree.map(jnp.ones_like, params)
+    updates = scaled(params, labels, {0: 2.0, 1: 3.0})
+    sums = [float(leaf.sum() / leaf.size) for leaf in jax.tree.leaves(updates)]
+    assert sums == sorted(sums)
+    assert {*sums} == {2.0, 3.0}
+
+
 BAD_LABELS = {
     "missing": ({"a": 0}, "no label for 'b/x', 'b/y'"),
     "missing_in_subtree": ({"a": 0, "b": {"x": 0}}, "no label for 'b/y'"),

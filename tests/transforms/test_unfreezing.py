@@ -629,10 +629,10 @@ def test_a_checkpoint_of_an_nnx_optimizer_continues_bit_for_bit(tmp_path):
 STEPS = {
     "missing": (
         {0: 1, 1: 1},
-        "`thaw_steps` must have every label, got none for .2 ",
+        r"`thaw_steps` must have every label \(0 .* None never\), got none for 2 ",
     ),
     "idle": (THAWS | {7: 1}, "`thaw_steps` must each have a parameter, got 7"),
-    "names": ({"body": 1}, "`thaw_steps` must have every label, got none for .0 "),
+    "names": ({"body": 1}, r"`thaw_steps` must have every label .*, got none for 0 "),
 }
 
 
