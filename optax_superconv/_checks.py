@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -19,6 +19,20 @@ import numpy as np
 
 # Optax counts steps in int32 and saturates there.
 MAX_STEPS = int(np.iinfo(np.int32).max)
+
+
+class Rule(NamedTuple):
+    """What a finite number must be: for the message, and as a test of an array."""
+
+    text: str
+    holds: Callable[[np.ndarray], Any]
+
+
+FINITE = Rule("finite", np.isfinite)
+NON_NEGATIVE = Rule("finite and at least 0", lambda x: x >= 0)
+POSITIVE = Rule("above 0", lambda x: x > 0)
+FRACTION = Rule("above 0 and at most 1", lambda x: (x > 0) & (x <= 1))
+DECAY = Rule("at least 0 and less than 1", lambda x: (x >= 0) & (x < 1))
 
 
 def require(holds: bool | np.bool_, name: str, rule: str, value: Any) -> None:
@@ -78,8 +92,7 @@ def steps(
 def number(
     name: str,
     value: Any,
-    rule: str = "finite",
-    holds: Callable[[np.ndarray], np.ndarray] | None = None,
+    rule: Rule = FINITE,
 ) -> np.ndarray | None:
     """Checks a number or an array of numbers. Returns it, or None if it is traced."""
     if isinstance(value, jax.core.Tracer):
@@ -99,21 +112,18 @@ def number(
             f"{type(value).__name__}."
         )
     array = array.astype(np.float64)
-    good = np.isfinite(array)
-    if holds is not None:
-        good = good & holds(array)
-    require(np.all(good), name, rule, value)
+    good = np.isfinite(array) & rule.holds(array)
+    require(np.all(good), name, rule.text, value)
     return array
 
 
 def scalar(
     name: str,
     value: Any,
-    rule: str = "finite",
-    holds: Callable[[np.ndarray], np.ndarray] | None = None,
+    rule: Rule = FINITE,
 ) -> float:
     """Checks a single concrete number and returns it as a float."""
-    array = number(name, value, rule, holds)
+    array = number(name, value, rule)
     if array is None or array.ndim:
         kind = "a traced value" if array is None else f"an array {value}"
         raise TypeError(f"`{name}` must be a single concrete number, got {kind}.")
@@ -123,12 +133,11 @@ def scalar(
 def number_or_schedule(
     name: str,
     value: Any,
-    rule: str = "finite",
-    holds: Callable[[np.ndarray], np.ndarray] | None = None,
+    rule: Rule = FINITE,
 ) -> None:
     """Checks a constant. A schedule passes: its values are known only at run time."""
     if not callable(value):
-        number(name, value, rule, holds)
+        number(name, value, rule)
 
 
 def function(name: str, value: Any) -> None:
@@ -153,16 +162,3 @@ def choice(name: str, value: Any, known: Iterable[str]) -> None:
 def is_zero(value: Any) -> bool:
     """Whether a constant is known to be 0. A traced value is not known."""
     return not isinstance(value, jax.core.Tracer) and not np.any(np.asarray(value))
-
-
-def non_negative(array: np.ndarray) -> np.ndarray:
-    """The rule "finite and at least 0" (finiteness is always checked)."""
-    return array >= 0
-
-
-DECAY_RULE = "at least 0 and less than 1"
-
-
-def decay_rate(array: np.ndarray) -> np.ndarray:
-    """The rule "at least 0 and less than 1", for momenta and Adam's betas."""
-    return (array >= 0) & (array < 1)

@@ -147,8 +147,7 @@ def late_decay_sgd(
       Hägele et al., `Scaling Laws and Compute-Optimal Training Beyond Fixed Training
       Durations <https://arxiv.org/abs/2405.18392>`_, 2024.
     """
-    rule = _checks.DECAY_RULE
-    _checks.number_or_schedule("momentum", momentum, rule, _checks.decay_rate)
+    _checks.number_or_schedule("momentum", momentum, _checks.DECAY)
     rate = _late_decay_rate(
         peak_learning_rate,
         init_learning_rate,

@@ -321,7 +321,7 @@ def stability_limit(
     """
     _checks.choice("optimizer", optimizer, get_args(Optimizer))
     if optimizer != "gd":
-        _checks.number("momentum", momentum, _checks.DECAY_RULE, _checks.decay_rate)
+        _checks.number("momentum", momentum, _checks.DECAY)
     top: Any = sharpness.value if isinstance(sharpness, SharpnessResult) else sharpness
     if isinstance(top, bool) or not (isinstance(top, int | float) or is_array(top)):
         rule = "a number, an array or a SharpnessResult"

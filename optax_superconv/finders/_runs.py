@@ -35,15 +35,12 @@ def geometric_ladder(
 ) -> np.ndarray:
     """(num_steps,) float32 rates from ``min_value`` to ``max_value``, both exactly."""
     float32 = np.finfo(np.float32)
-    low, high = (
-        _checks.scalar(
-            name,
-            value,
-            "above 0 and finite in float32",
-            lambda x: (x >= float32.tiny) & (x <= float32.max),
-        )
-        for name, value in zip(names, (min_value, max_value), strict=True)
+    rule = _checks.Rule(
+        "above 0 and finite in float32",
+        lambda x: (x >= float32.tiny) & (x <= float32.max),
     )
+    low = _checks.scalar(names[0], min_value, rule)
+    high = _checks.scalar(names[1], max_value, rule)
     above = f"above `{names[0]}` ({min_value}) in float32"
     _checks.require(np.float32(high) > np.float32(low), names[1], above, max_value)
     num_steps = _checks.steps("num_steps", num_steps, at_least=2)

@@ -294,9 +294,7 @@ def suggest_interval(
       True
     """
     _checks.choice("method", method, get_args(Method))
-    _checks.scalar(
-        "level", level, "above 0 and at most 1", lambda x: (x > 0) & (x <= 1)
-    )
+    _checks.scalar("level", level, _checks.FRACTION)
     found = _suggestions("results", as_results("results", results), method)
     two = "at least 2 range tests that hold a suggestion"
     _checks.require(len(found) >= 2, "results", two, len(found))

@@ -231,7 +231,8 @@ def convergence_threshold(
     num_rates = _checks.steps("num_rates", num_rates, at_least=3)
     ladder = _runs.geometric_ladder(*bounds, num_rates, ("bounds[0]", "bounds[1]"))
     num_steps = _checks.steps("num_steps", num_steps, at_least=2)
-    _checks.scalar("rtol", rtol, "at least 1e-6 and finite", lambda x: x >= 1e-6)
+    rule = _checks.Rule("at least 1e-6 and finite", lambda x: x >= 1e-6)
+    _checks.scalar("rtol", rtol, rule)
     if target_loss is not None:
         target_loss = _checks.scalar("target_loss", target_loss)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import jax
@@ -20,15 +19,14 @@ from optax_superconv.schedules._phases import Phase, Shape, phase_schedule
 def check_cycle(
     values: dict[str, Any],
     shape: Any,
-    rule: str = "finite and at least 0",
-    holds: Callable[[np.ndarray], np.ndarray] = _checks.non_negative,
+    rule: _checks.Rule = _checks.NON_NEGATIVE,
 ) -> None:
     """Checks the values that a cycle moves between. The first one is the largest."""
     _phases.check_shape("shape", shape)
     (top_name, top_value), *others = values.items()
-    top = _checks.number(top_name, top_value, rule, holds)
+    top = _checks.number(top_name, top_value, rule)
     for name, value in others:
-        low = _checks.number(name, value, rule, holds)
+        low = _checks.number(name, value, rule)
         if low is not None and top is not None:
             limit = f"at most `{top_name}` ({top_value})"
             _checks.require(np.all(low <= top), name, limit, value)
@@ -206,7 +204,7 @@ def onecycle_momentum_schedule(
       <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.2).
     """
     values = {"max_momentum": max_momentum, "base_momentum": base_momentum}
-    check_cycle(values, shape, _checks.DECAY_RULE, _checks.decay_rate)
+    check_cycle(values, shape, _checks.DECAY)
     return _onecycle(
         ("total_steps", total_steps),
         warmup_steps,
@@ -236,7 +234,7 @@ def onecycle_pair(
     init = _checked_init(
         "learning_rate", peak, init_learning_rate, end, annihilation, shape
     )
-    check_cycle(momenta, shape, _checks.DECAY_RULE, _checks.decay_rate)
+    check_cycle(momenta, shape, _checks.DECAY)
     high, low = momenta.values()
     total = "total_steps", total_steps
     if rise_steps:
@@ -300,18 +298,15 @@ def cyclical_schedule(
       Smith, `Cyclical Learning Rates for Training Neural Networks
       <https://arxiv.org/abs/1506.01186>`_, 2017 (section 3).
     """
-    rule = "finite and at least 0"
-    _checks.number("base_value", base_value, rule, _checks.non_negative)
-    _checks.number("peak_value", peak_value, rule, _checks.non_negative)
+    _checks.number("base_value", base_value, _checks.NON_NEGATIVE)
+    _checks.number("peak_value", peak_value, _checks.NON_NEGATIVE)
     up = _checks.steps("steps_up", steps_up, at_least=1)
     down = up
     if steps_down is not None:
         down = _checks.steps("steps_down", steps_down, at_least=1)
     _checks.steps("steps_up + steps_down", up + down)
     _checks.choice("mode", mode, ("triangular", "triangular2", "exp_range"))
-    concrete_gamma = _checks.number(
-        "gamma", gamma, "above 0 and at most 1", lambda g: (g > 0) & (g <= 1)
-    )
+    concrete_gamma = _checks.number("gamma", gamma, _checks.FRACTION)
 
     def schedule(count: ArrayLike) -> jax.Array:
         dtype = wide_dtype(base_value, peak_value)

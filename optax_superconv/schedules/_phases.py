@@ -88,8 +88,8 @@ def check_shape(name: str, shape: Shape) -> None:
 
 
 def check_positive(name: str, value: Any) -> None:
-    rule = 'above 0 with shape="exponential"'
-    _checks.number(name, value, rule, lambda array: array > 0)
+    rule = _checks.Rule('above 0 with shape="exponential"', lambda x: x > 0)
+    _checks.number(name, value, rule)
 
 
 def as_count(count: ArrayLike, dtype: np.dtype) -> jax.Array:

@@ -91,11 +91,9 @@ def refined_schedule(
       Schedules and Further Refinements <https://arxiv.org/abs/2310.07831>`_, 2023.
     """
     total = _checks.steps("total_steps", total_steps, at_least=1)
-    rule = "finite and at least 0"
-    _checks.number("peak_value", peak_value, rule, _checks.non_negative)
+    _checks.number("peak_value", peak_value, _checks.NON_NEGATIVE)
     _checks.choice("optimizer", optimizer, _POWERS)
-    rule, holds = _checks.DECAY_RULE, _checks.decay_rate
-    smoothing = _checks.scalar("smoothing", smoothing, rule, holds)
+    smoothing = _checks.scalar("smoothing", smoothing, _checks.DECAY)
     norms = _check_norms(gradient_norms, at_least=2 + (2 * _TRIM if smoothing else 0))
     if smoothing:
         norms = _smooth(norms[_TRIM:-_TRIM], smoothing)

@@ -183,11 +183,9 @@ def average_params(
     rule = "given, or `power` in its place"
     _checks.require(one, "weight", rule, f"weight={weight} and power={power}")
     if power is not None:
-        rule = "finite and at least 0"
-        _checks.number("power", power, rule, _checks.non_negative)
+        _checks.number("power", power, _checks.NON_NEGATIVE)
     if weight is not None:
-        rule = "above 0 and at most 1"
-        _checks.number_or_schedule("weight", weight, rule, lambda w: (w > 0) & (w <= 1))
+        _checks.number_or_schedule("weight", weight, _checks.FRACTION)
 
     def weight_of(num_samples: jax.Array) -> jax.Array:
         if weight is not None:
@@ -253,10 +251,9 @@ def ema_params(
       Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, sections 3 (the
       debiasing) and 7.2 (of parameters).
     """
-    _checks.number_or_schedule("decay", decay, _checks.DECAY_RULE, _checks.decay_rate)
+    _checks.number_or_schedule("decay", decay, _checks.DECAY)
     if warmup is not None:
-        rule = "above 0 and at most 1"
-        _checks.number("warmup", warmup, rule, lambda p: (p > 0) & (p <= 1))
+        _checks.number("warmup", warmup, _checks.FRACTION)
     constant = None if callable(decay) else _checks.number("decay", decay)
 
     def gain(count: jax.Array, num_samples: jax.Array) -> jax.Array:

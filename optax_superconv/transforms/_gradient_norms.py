@@ -63,8 +63,8 @@ def record_gradient_norms(
       Schedules and Further Refinements <https://arxiv.org/abs/2310.07831>`_, 2023.
     """
     total = _checks.steps("total_steps", total_steps, at_least=1)
-    rule = "1 (for Adam) or 2 (for SGD)"
-    _checks.scalar("ord", ord, rule, lambda o: (o == 1) | (o == 2))
+    rule = _checks.Rule("1 (for Adam) or 2 (for SGD)", lambda o: (o == 1) | (o == 2))
+    _checks.scalar("ord", ord, rule)
     samples = min(_checks.steps("num_samples", num_samples, at_least=1), total)
     # The first `num_long` samples are a step longer than the others.
     short, num_long = divmod(total, samples)

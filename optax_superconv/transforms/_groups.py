@@ -157,8 +157,7 @@ def _checked_multipliers(multipliers: Any) -> dict[Any, optax.ScalarOrSchedule]:
     _trees.check_labels(multipliers, "multipliers")
     for label, multiplier in multipliers.items():
         name = f"multipliers[{label!r}]"
-        rule = "finite and at least 0"
-        _checks.number_or_schedule(name, multiplier, rule, _checks.non_negative)
+        _checks.number_or_schedule(name, multiplier, _checks.NON_NEGATIVE)
         if not callable(multiplier) and np.ndim(multiplier):
             raise TypeError(f"`{name}` must be a single number, got {multiplier}.")
     return dict(multipliers)

@@ -104,7 +104,7 @@ def scheduled_trace(
       Sutskever et al., `On the importance of initialization and momentum in deep
       learning <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
     """
-    _checks.number_or_schedule("decay", decay, _checks.DECAY_RULE, _checks.decay_rate)
+    _checks.number_or_schedule("decay", decay, _checks.DECAY)
 
     def init_fn(params: optax.Params) -> ScheduledTraceState:
         count = jnp.zeros([], jnp.int32)
@@ -190,9 +190,9 @@ def scale_by_scheduled_adam(
       Dozat, `Incorporating Nesterov Momentum into Adam
       <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016 (algorithm 2).
     """
-    _checks.number_or_schedule("b1", b1, _checks.DECAY_RULE, _checks.decay_rate)
-    _checks.number_or_schedule("b2", b2, _checks.DECAY_RULE, _checks.decay_rate)
-    _checks.number("eps", eps, "finite and at least 0", _checks.non_negative)
+    _checks.number_or_schedule("b1", b1, _checks.DECAY)
+    _checks.number_or_schedule("b2", b2, _checks.DECAY)
+    _checks.number("eps", eps, _checks.NON_NEGATIVE)
 
     def init_fn(params: optax.Params) -> ScaleByScheduledAdamState:
         count = jnp.zeros([], jnp.int32)

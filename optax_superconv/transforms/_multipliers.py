@@ -77,11 +77,9 @@ def layerwise_multipliers(
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2;
       Bao et al., `BEiT <https://arxiv.org/abs/2106.08254>`_, 2022.
     """
-    d = _float("decay", decay, "above 0 and at most 1", lambda d: (d > 0) & (d <= 1))
-    rule = "at least 0 and at most 1"
-    least = _float(
-        "min_multiplier", min_multiplier, rule, lambda m: (m >= 0) & (m <= 1)
-    )
+    d = _float("decay", decay, _checks.FRACTION)
+    rule = _checks.Rule("at least 0 and at most 1", lambda m: (m >= 0) & (m <= 1))
+    least = _float("min_multiplier", min_multiplier, rule)
     order = _in_order(labels)
     traced = isinstance(d + least, jax.Array)
     return {
@@ -90,11 +88,11 @@ def layerwise_multipliers(
     }
 
 
-def _float(name: str, value: ArrayLike, rule: str, holds: Any) -> Any:
+def _float(name: str, value: ArrayLike, rule: _checks.Rule) -> Any:
     """A concrete number as a float, checked; a traced one as it is."""
     if isinstance(value, jax.core.Tracer):
         return value
-    return _checks.scalar(name, value, rule, holds)
+    return _checks.scalar(name, value, rule)
 
 
 def geometric_multipliers(
@@ -125,11 +123,11 @@ def geometric_multipliers(
       Howard and Gugger, `fastai: A Layered API for Deep Learning
       <https://arxiv.org/abs/2002.04688>`_, 2020, ``even_mults``.
     """
-    high = _float("highest", highest, "above 0", lambda m: m > 0)
+    high = _float("highest", highest, _checks.POSITIVE)
     order = _in_order(labels)
     if lowest is None:
         return {label: high if label == order[-1] else high / 10 for label in order}
-    low = _float("lowest", lowest, "above 0", lambda m: m > 0)
+    low = _float("lowest", lowest, _checks.POSITIVE)
     if not isinstance(low + high, jax.Array):
         _checks.require(low <= high, "lowest", f"at most `highest` ({high})", low)
     last = max(len(order) - 1, 1)

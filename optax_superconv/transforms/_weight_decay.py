@@ -28,8 +28,7 @@ def add_decayed_weights(
     weight_decay: optax.ScalarOrSchedule, weight_decay_mask: Any = "matrices"
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.add_decayed_weights`` that records the decay and keeps one structure."""
-    rule = "finite and at least 0"
-    _checks.number_or_schedule("weight_decay", weight_decay, rule, _checks.non_negative)
+    _checks.number_or_schedule("weight_decay", weight_decay, _checks.NON_NEGATIVE)
     # The default has a name because optax.inject_hyperparams takes a callable for a
     # schedule.
     if isinstance(weight_decay_mask, str):
