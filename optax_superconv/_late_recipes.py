@@ -40,7 +40,7 @@ def _late_decay_rate(
         _checks.require(
             decay_steps is None,
             "decay_steps",
-            "None without `total_steps` (give the length to `start_cooldown`)",
+            "None with `total_steps=None` (give the length to `start_cooldown`)",
             decay_steps,
         )
         warmup_steps = _checks.steps("warmup_steps", warmup_steps)

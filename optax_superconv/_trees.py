@@ -180,6 +180,11 @@ def check_labels(labels: Iterable[Any], name: str = "param_labels") -> list[Any]
     return sorted(distinct)
 
 
+def _parts(names: Names) -> Names:
+    """The same where a key is a path itself, as in Haiku's dicts."""
+    return tuple("/".join(names).split("/")) if names else ()
+
+
 def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
     """A label per leaf of ``params``, in their order; a box is one leaf."""
     if not jax.tree.leaves(params, is_leaf=is_position):
@@ -188,17 +193,21 @@ def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
     def is_leaf(node: Any) -> bool:
         return is_box(node) or not jax.tree.leaves(node)  # With what is empty.
 
-    positions = named_leaves(params, is_leaf)
+    positions = [(_parts(names), leaf) for names, leaf in named_leaves(params, is_leaf)]
     tree = param_labels(params) if is_function(param_labels) else param_labels
-    given = {names: jax.tree.leaves(box)[0] for names, box in named_leaves(tree)}
+    found = [
+        (_parts(names), jax.tree.leaves(box)[0]) for names, box in named_leaves(tree)
+    ]
+    given = dict(found)
+    one_each = len(given) == len(found)
+    require(one_each, "param_labels", "a label for each path", "several for one path")
     labels: list[Any] = []
     lost: list[Names] = []
     for names, leaf in positions:
         label = next((given[b] for b in begins_of(names) if b in given), None)
         if jax.tree.leaves(leaf):
-            (lost if label is None else labels).append(
-                names if label is None else label
-            )
+            labels.append(label)
+            lost += [names] if label is None else []
     used = {begin for names, _ in positions for begin in begins_of(names)}
     # What is taken out may be a whole subtree of labels.
     holes = {names for names, leaf in positions if is_hole(leaf)}

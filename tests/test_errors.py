@@ -564,7 +564,7 @@ BAD_VALUES = [
     (
         lambda: sgd(None, decay_steps=3),
         "decay_steps",
-        "None without `total_steps` (give the length to `start_cooldown`)",
+        "None with `total_steps=None` (give the length to `start_cooldown`)",
         "3",
     ),
     (

@@ -9,7 +9,6 @@ its old value, and two values tell an affine function, whatever its momentum.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from jax.tree_util import Partial
 
 from optax_superconv import _batches, _checks
 from optax_superconv._checks import listed
-from optax_superconv._numerics import widen
+from optax_superconv._numerics import is_array, widen
 from optax_superconv._trees import paths_of
 
 # So large an old value that the batch's own is lost beside it, and only m is seen.
@@ -126,11 +125,13 @@ def _means_of(pairs: Any, names: list[str]) -> tuple[int | None, ...]:
 
 
 def _each(batches: Any) -> Iterable[Any]:
-    """The batches, once."""
-    if _batches.is_stacked(batches):
-        return itertools.islice(_batches.draw(batches), _batches.num_stacked(batches))
-    if not isinstance(batches, Iterable):
-        _batches.draw(batches)  # Raises.
+    """The batches; raises for one that is not in a list, which would be cut."""
+    if not isinstance(batches, Iterable) or _batches.is_stacked(batches):
+        kind = "array" if is_array(batches) else type(batches).__name__
+        raise TypeError(
+            "`batches` must be a sequence, an iterable or an iterator of batches (a "
+            f"single batch goes in a list), got a single {kind}."
+        )
     return batches
 
 
@@ -203,10 +204,9 @@ def recalibrate_batch_stats(
         running averages and ``mode="batch"`` divides them by what its counter says.
         Haiku: a ``BatchNorm`` with ``decay_rate=0``, and the pairs
         ``("mean_ema/hidden", "var_ema/hidden")`` and the same of ``average``.
-      batches: A sequence, an iterable, an iterator or a stacked pytree of batches, as
-        for :func:`range_test` (so a tuple of arrays is stacked), but each is seen once.
-        The leaves of a batch have one leading axis of examples, except for scalars and
-        keys. Sizes may differ, and each compiles on its own.
+      batches: A sequence, an iterable or an iterator of batches; each is seen once. A
+        single batch goes in a list. Its leaves have one leading axis of examples,
+        except for scalars and keys. Sizes may differ, and each compiles on its own.
       pairs: Names (mean, variance) of leaves side by side, a name being the end of a
         path such as ``var`` in ``norm/var``. Each must occur. All other leaves get the
         mean of the batches, weighted by their examples.

@@ -490,6 +490,8 @@ PLAIN = {
         {"embed": 1, "layers": 0, "head": 0},
     ),
     "named_tuple": (Pair({"w": LEAF}, LEAF), {"body": 1, "head": 0}),
+    "paths": ({"a": {"b": LEAF}, "c": LEAF}, {"a/b": 1, "c": 0}),
+    "haiku": (HAIKU, {"mlp/~/linear_0": 1, "mlp": {"~": {"linear_1": 0}}}),
 }
 
 
@@ -497,11 +499,16 @@ PLAIN = {
 def test_a_plain_dict_labels_any_container_by_its_paths(params, labels):
     params = jax.tree.map(jnp.ones_like, params)
     updates = scaled(params, labels, {0: 0.0, 1: 1.0})
-    paths = osc.describe_groups(params, labels).splitlines()[1:]
-    for line, leaf in zip(paths, jax.tree.leaves(updates), strict=True):
-        path, label = line.split()
-        assert label == str(labels[path.partition("/")[0]])
-        assert bool(leaf.any()) == (label == "1")
+    lines = osc.describe_groups(params, labels).splitlines()[1:]
+    for line, leaf in zip(lines, jax.tree.leaves(updates), strict=True):
+        assert bool(leaf.any()) == line.endswith("1")
+    assert {line.split()[1] for line in lines} == {"0", "1"}
+
+
+def test_two_labels_for_one_path_are_refused():
+    params = {"a/b": LEAF, "a": {"b": LEAF}}
+    with pytest.raises(ValueError, match=r"^`param_labels` must be .* several"):
+        scaled(params, {"a/b": 0, "a": {"b": 1}}, {0: 0.0, 1: 1.0})
 
 
 MIXED = {
