@@ -131,7 +131,7 @@ ADAMW = CHAINS["adamw"](osc.triggered_cooldown(0.1))
 
 
 def quadratic_loss(params):
-    return jnp.sum(jnp.arange(1.0, 6.0) * (params - 1) ** 2)
+    return jnp.sum(jnp.arange(1.0, 9.0) * (params - 1) ** 2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -140,7 +140,7 @@ def train_step(tx, params, state):
     return optax.apply_updates(params, updates), state
 
 
-ZEROS = np.zeros(5, np.float32)
+ZEROS = np.zeros(8, np.float32)
 
 
 def train(tx, begin, end, params=ZEROS, state=None, *, trigger=None):
@@ -207,7 +207,7 @@ def test_a_traced_length_below_one_starts_nothing(length):
 def test_state_and_parameters_may_be_donated_across_the_trigger():
     tx = ADAMW
     step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
-    params = jnp.zeros(5)
+    params = jnp.zeros(8)
     state = tx.init(params)
     for t in range(8):
         if t == 3:
@@ -222,10 +222,10 @@ import sys, jax, jax.numpy as jnp, numpy as np, optax
 import orbax.checkpoint as ocp
 import optax_superconv as osc
 tx = osc.late_decay_adamw(0.1, None)
-params = jnp.zeros(5)
+params = jnp.zeros(8)
 with ocp.StandardCheckpointer() as checkpointer:
     params, state = checkpointer.restore(sys.argv[1], (params, tx.init(params)))
-loss = lambda params: jnp.sum(jnp.arange(1.0, 6.0) * (params - 1) ** 2)
+loss = lambda params: jnp.sum(jnp.arange(1.0, 9.0) * (params - 1) ** 2)
 @jax.jit
 def step(params, state):
     updates, state = tx.update(jax.grad(loss)(params), state, params)
