@@ -190,19 +190,27 @@ def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
     if not jax.tree.leaves(params, is_leaf=is_position):
         return []  # The placeholder of optax.tree.map_params is such a tree.
 
+    tree = param_labels(params) if is_function(param_labels) else param_labels
+    boxes, structure = jax.tree.flatten(tree, is_leaf=is_box)
+    labels = [jax.tree.leaves(box)[0] for box in boxes]
+    if structure != jax.tree.structure(params, is_leaf=is_box):
+        labels = _labels_by_path(tree, labels, params)
+    check_labels(labels)
+    return labels
+
+
+def _labels_by_path(tree: Labels, labels: list[Any], params: Any) -> list[Any]:
+    """The same where the labels are in other containers, or a prefix."""
+
     def is_leaf(node: Any) -> bool:
         return is_box(node) or not jax.tree.leaves(node)  # With what is empty.
 
     positions = [(_parts(names), leaf) for names, leaf in named_leaves(params, is_leaf)]
-    tree = param_labels(params) if is_function(param_labels) else param_labels
-    found = [
-        (_parts(names), jax.tree.leaves(box)[0]) for names, box in named_leaves(tree)
-    ]
-    given = dict(found)
-    one_each = len(given) == len(found)
+    places = [_parts(names) for names, _ in named_leaves(tree)]
+    given = dict(zip(places, labels, strict=True))
+    one_each = len(given) == len(places)
     require(one_each, "param_labels", "a label for each path", "several for one path")
-    labels: list[Any] = []
-    lost: list[Names] = []
+    labels, lost = [], []
     for names, leaf in positions:
         label = next((given[b] for b in begins_of(names) if b in given), None)
         if jax.tree.leaves(leaf):
@@ -220,7 +228,6 @@ def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
             f"of it, got {' and '.join(reasons)}. A function `params -> labels`, such "
             "as `label_by_path(rules)`, has the right structure by itself."
         )
-    check_labels(labels)
     return labels
 
 

@@ -55,8 +55,9 @@ def scale_by_group(
         the dict, such as ``functools.partial(layerwise_multipliers, decay=0.75)``.
         (If ``optax.masked`` hides parameters, the function gets the labels of the
         others.)
-      param_labels: A tree of labels, a prefix of one, or a function
-        ``params -> labels`` such as :func:`label_by_depth` makes.
+      param_labels: A tree of labels, a prefix of one, a dict from path to label such as
+        ``{"blocks/0": 0, "head": 1}``, or a function ``params -> labels`` such as
+        :func:`label_by_depth` makes.
 
     Returns:
       The transformation. :func:`read_hyperparams` reads ``learning_rate/<label>``, the
@@ -185,8 +186,8 @@ def describe_groups(
 
     Args:
       params: The parameters.
-      param_labels: A tree of labels, a prefix of one, or a function
-        ``params -> labels``.
+      param_labels: A tree of labels, a prefix of one, a dict from path to label, or a
+        function ``params -> labels``; see :func:`scale_by_group`.
       multipliers: As in :func:`scale_by_group`. A schedule shows its value at step 0.
         None leaves that column out.
 

@@ -63,8 +63,8 @@ def gradual_unfreezing(
       thaw_steps: A dict from label to the step of the first update, an int of at least
         0, or None for never. Labels are all strings or all integers. A group that never
         thaws has no memory of its own.
-      param_labels: A tree of labels, a prefix of one, or a function
-        ``params -> labels``.
+      param_labels: A tree of labels, a prefix of one, a dict from path to label, or a
+        function ``params -> labels``; see :func:`scale_by_group`.
 
     Returns:
       The transformation. :func:`frozen_labels` tells what is frozen;

@@ -505,10 +505,15 @@ def test_a_plain_dict_labels_any_container_by_its_paths(params, labels):
     assert {line.split()[1] for line in lines} == {"0", "1"}
 
 
+def test_leaves_with_one_path_may_have_labels_of_their_own():
+    params = {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}
+    updates = scaled(params, {"a/b": 0, "a": {"b": 1}}, {0: 2.0, 1: 3.0})
+    assert (updates["a/b"], updates["a"]["b"]) == (2, 3)
+
+
 def test_two_labels_for_one_path_are_refused():
-    params = {"a/b": LEAF, "a": {"b": LEAF}}
     with pytest.raises(ValueError, match=r"^`param_labels` must be .* several"):
-        scaled(params, {"a/b": 0, "a": {"b": 1}}, {0: 0.0, 1: 1.0})
+        scaled({"a": {"b": LEAF}}, {"a/b": 0, "a": {"b": 1}}, {0: 0.0, 1: 1.0})
 
 
 MIXED = {
