@@ -9,7 +9,7 @@ optimizer is initialised with Variables and updated with arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -141,12 +141,14 @@ def outside(names: Iterable[Names], parents: set[Names]) -> list[Names]:
     return [name for name in names if not parents & {*begins_of(name)}]
 
 
-def difference(lost: Iterable[Names], new: Iterable[Names]) -> str:
+def difference(lost: Collection[Names], new: Collection[Names]) -> str:
     """For a message: what is missing and what is new; empty if nothing is."""
-    without, anew = (sorted("/".join(name) for name in names) for names in (lost, new))
-    reasons = [f"without {listed(without)}"] * bool(without)
-    reasons += [f"with {listed(anew)} anew"] * bool(anew)
-    return " and ".join(reasons)
+    changes = {"without": lost, "with new": new}
+    return " and ".join(
+        f"{change} {listed(sorted(map('/'.join, names)))}"
+        for change, names in changes.items()
+        if names
+    )
 
 
 def is_masked(tree: Any) -> bool:

@@ -145,7 +145,7 @@ def check_step(before: tuple[dict[str, str], Any], result: Any) -> None:
     rule = "a function that returns a state like the one it is given"
     leaves, structure = layout(result[0])
     check_alike("step_fn", rule, before[0], leaves)
-    # Static data, or another kind of container: each would compile the step anew.
+    # Other static data or another container, and the step would be compiled again.
     same = structure == before[1]
     _checks.require(same, "step_fn", f"{rule}, of structure {before[1]}", structure)
 

@@ -596,12 +596,12 @@ BAD = {
     "anew": (
         STATE, PARAMS | {"new": jnp.ones(1)}, {},
         "`params` must be of the structure that the average has seen at `init`, got "
-        "with 'new' anew",
+        "with new 'new'",
     ),
     "both": (
         STATE, {"kernel": PARAMS["kernel"], "bias": jnp.ones(1)}, {},
         "`params` must be of the structure that the average has seen at `init`, got "
-        "without 'bias/b' and with 'bias' anew",
+        "without 'bias/b' and with new 'bias'",
     ),
     "shape": (
         STATE, PARAMS | {"kernel": jnp.ones((2, 8))}, {},

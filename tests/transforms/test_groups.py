@@ -822,14 +822,17 @@ def test_the_table_refuses_what_scaling_refuses(bad):
 
 OTHERS = {
     "missing_leaf": ({"body": jnp.ones(2)}, "without 'head'"),
-    "extra_leaf": ({**ONES, "tail": jnp.ones(2)}, "with 'tail' anew"),
+    "extra_leaf": ({**ONES, "tail": jnp.ones(2)}, "with new 'tail'"),
     "renamed_leaf": (
-        {"body": jnp.ones(2), "hat": jnp.ones(2)}, "without 'head' and with 'hat' anew"
+        {"body": jnp.ones(2), "hat": jnp.ones(2)}, "without 'head' and with new 'hat'"
     ),
     "deeper": (
-        {"body": jnp.ones(2), "head": [jnp.ones(2)]}, "without 'head' and with 'head/0'"
+        {"body": jnp.ones(2), "head": [jnp.ones(2)]},
+        "without 'head' and with new 'head/0'",
     ),
-    "list": ([jnp.ones(2), jnp.ones(2)], "without 'body', 'head' and with '0', '1'"),
+    "list": (
+        [jnp.ones(2), jnp.ones(2)], "without 'body', 'head' and with new '0', '1'"
+    ),
     "frozen_dict": (FrozenDict(ONES), "containers of another kind (FrozenDict"),
     "none": ({"body": jnp.ones(2), "head": None}, "without 'head'"),
 }  # fmt: skip
