@@ -6,7 +6,8 @@ any training step. Start with :func:`onecycle_adamw` and :func:`range_test`.
 
 from optax_superconv import plotting
 from optax_superconv._dials import read_hyperparams
-from optax_superconv._late_recipes import late_decay_adamw, late_decay_sgd
+from optax_superconv._restarts import restart_schedules, start_cooldown
+from optax_superconv._settings import set_hyperparams
 from optax_superconv.finders._curvature import (
     SharpnessResult,
     sharpness,
@@ -19,21 +20,27 @@ from optax_superconv.finders._suggestions import (
     suggest_learning_rate,
 )
 from optax_superconv.finders._threshold import ThresholdResult, convergence_threshold
-from optax_superconv.recipes import fine_tune_adamw, onecycle_adamw, onecycle_sgd
-from optax_superconv.schedules._cycles import (
-    cyclical_schedule,
-    onecycle_momentum_schedule,
-    onecycle_schedule,
+from optax_superconv.recipes._fine_tune import fine_tune_adamw
+from optax_superconv.recipes._optimizers import (
+    adamw,
+    onecycle_adamw,
+    onecycle_sgd,
+    sgd,
 )
+from optax_superconv.schedules._cycles import cyclical_schedule
 from optax_superconv.schedules._late_decay import (
     warmup_stable_decay_schedule,
     with_cooldown,
+)
+from optax_superconv.schedules._onecycle import (
+    onecycle,
+    onecycle_momentum_schedule,
+    onecycle_schedule,
 )
 from optax_superconv.schedules._phases import Phase, phase_schedule
 from optax_superconv.schedules._refined import refined_schedule
 from optax_superconv.transforms._averages import average_params, ema_params, swa_params
 from optax_superconv.transforms._batch_stats import recalibrate_batch_stats
-from optax_superconv.transforms._cooldown import start_cooldown, triggered_cooldown
 from optax_superconv.transforms._eval_params import eval_params
 from optax_superconv.transforms._gradient_norms import record_gradient_norms
 from optax_superconv.transforms._groups import describe_groups, scale_by_group
@@ -48,7 +55,8 @@ from optax_superconv.transforms._multipliers import (
     layerwise_multipliers,
 )
 from optax_superconv.transforms._snapshots import lawa_params
-from optax_superconv.transforms._unfreezing import frozen_labels, gradual_unfreezing
+from optax_superconv.transforms._unfreezing import gradual_unfreezing
+from optax_superconv.transforms._weight_decay import add_decayed_weights
 
 __version__ = "0.1.0"
 
@@ -58,6 +66,8 @@ __all__ = [
     "RangeTestResult",
     "SharpnessResult",
     "ThresholdResult",
+    "adamw",
+    "add_decayed_weights",
     "average_params",
     "convergence_threshold",
     "cyclical_schedule",
@@ -65,16 +75,14 @@ __all__ = [
     "ema_params",
     "eval_params",
     "fine_tune_adamw",
-    "frozen_labels",
     "geometric_multipliers",
     "gradual_unfreezing",
     "grid_test",
     "label_by_depth",
     "label_by_path",
-    "late_decay_adamw",
-    "late_decay_sgd",
     "lawa_params",
     "layerwise_multipliers",
+    "onecycle",
     "onecycle_adamw",
     "onecycle_momentum_schedule",
     "onecycle_schedule",
@@ -86,17 +94,19 @@ __all__ = [
     "recalibrate_batch_stats",
     "record_gradient_norms",
     "refined_schedule",
+    "restart_schedules",
     "scale_by_group",
     "scale_by_learning_rate",
     "scale_by_scheduled_adam",
     "scheduled_trace",
+    "set_hyperparams",
+    "sgd",
     "sharpness",
     "stability_limit",
     "start_cooldown",
     "suggest_interval",
     "suggest_learning_rate",
     "swa_params",
-    "triggered_cooldown",
     "warmup_stable_decay_schedule",
     "with_cooldown",
 ]

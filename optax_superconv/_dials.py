@@ -1,42 +1,46 @@
-"""What was applied, and how is it read back?
+"""What was applied, how is it read back, and who decides it?
 
 A schedule knows what should be applied at a step; a log wants what was. So whatever
 applies a hyperparameter records it in its own state, in float32 whatever the dtype of
-the parameters, and one call finds all records in any optimizer state.
+the parameters, and one call finds all records in any optimizer state. A record is a
+dial too: what is set there, or written into it, is held in place of the schedule.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optax_superconv._trees import array_of, path_of
+from optax_superconv import _trees
+
+Record = dict[str, jax.Array]  # (), float32 each; what the last update applied
 
 
-class AppliedHyperparams(NamedTuple):
-    """The record: what the last update applied, before the first what it will apply."""
+class Cooldown(NamedTuple):
+    """The cooldown of a rate, and of the rates of its groups."""
 
-    values: dict[str, jax.Array]  # (), float32 each
-
-
-class AppliedMultipliers(NamedTuple):
-    """The record of a factor per group, which scales the rate of the same chain."""
-
-    labels: dict[Any, None]  # the groups, sorted; keys are structure and not data
-    values: jax.Array  # (groups,), float32
+    pending: jax.Array  # (), int32; the length of one that starts at the next update
+    start_step: jax.Array  # (), int32
+    cooldown_steps: jax.Array  # (), int32; 0 before the first
+    origin: jax.Array  # (dials,), float32; the rates at the start
+    end: jax.Array  # (dials,), float32
 
 
-class GroupState(NamedTuple):
-    """A state that serves some groups only; its records are named after each."""
+class Holds(NamedTuple):
+    """Who decides the values of a record: their schedules, or whoever set them."""
 
-    labels: dict[Any, None]
-    frozen: jax.Array  # (), bool; whether the last update left these groups alone
-    inner_state: Any
+    written: jax.Array  # (dials,), uint32; the bits that the last update wrote
+    held: jax.Array  # (dials,), bool
+    values: jax.Array  # (dials,), float32; what is applied while held
+
+
+# --- in the links ---------------------------------------------------------------------
 
 
 def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
@@ -44,106 +48,185 @@ def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
     return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
 
 
-_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+def bits(values: jax.Array) -> jax.Array:
+    """What is compared, since no value equals a NaN."""
+    return jax.lax.bitcast_convert_type(values, jnp.uint32)
 
 
-class _Found(NamedTuple):
-    """What a part of a state holds; a suffix says for which group, ``"/label"``."""
-
-    entries: Sequence[tuple[str, str, jax.Array]] = ()  # name, suffix, value
-    # Suffix, label of the group that has this state, record: not yet met a rate.
-    multipliers: Sequence[tuple[str, Any, AppliedMultipliers]] = ()
-    frozen: Sequence[tuple[str, jax.Array]] = ()  # suffix, flag: not yet met a rate
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names as a vector has them: a dict forgets how it was made, and 10 is after 2."""
+    return sorted(names, key=lambda name: (len(name), name))
 
 
-def _find(node: Any, suffix: str = "", group: Any = None) -> _Found:
-    """All records at any depth; a factor meets the rate of the nearest chain around."""
-    if isinstance(node, AppliedHyperparams):
-        return _Found([(k, suffix, array_of(v)) for k, v in node.values.items()])
-    if isinstance(node, AppliedMultipliers):
-        return _Found([], [(suffix, group, node)])
-    if isinstance(node, optax.PartitionState):
-        states = node.inner_states.items()
-        return _merge([_find(state, f"{suffix}/{k}") for k, state in states])
-    if isinstance(node, GroupState):
-        inside = _merge(
-            [_find(node.inner_state, f"{suffix}/{k}", k) for k in node.labels]
+def stacked(values: Sequence[Any]) -> jax.Array:
+    """Numbers as one float32 vector."""
+    numbers = [jnp.asarray(value, jnp.float32) for value in values]
+    return jnp.stack(numbers) if numbers else jnp.zeros(0, jnp.float32)
+
+
+def written(
+    names: Sequence[str], elements: Iterable[jax.Array], values: jax.Array, holds: Holds
+) -> tuple[Record, Holds]:
+    """A new record of the elements of a vector, and what it is compared with later."""
+    # As bits, so that it is no second name for the same buffer: donation needs that.
+    record = dict(zip(names, elements, strict=True))
+    return record, holds._replace(written=bits(values))
+
+
+def opened(names: Sequence[str], values: jax.Array) -> tuple[Record, Holds]:
+    """The record before the first update, and nothing held."""
+    idle = jnp.zeros(len(names), bool)
+    holds = Holds(idle, idle, jnp.zeros_like(values))
+    return written(names, values, values, holds)
+
+
+def noticed(
+    names: Sequence[str],
+    record: Mapping[str, Any],
+    holds: Holds,
+    base: jax.Array,
+    given: Sequence[Any],
+) -> Holds:
+    """Holds what is found in the record if the last update did not write it.
+
+    ``given`` are the constants or schedules that would otherwise decide, or None, and
+    ``base`` their values now. A traced constant is the dial of whoever traces it, as
+    ``optax.inject_hyperparams`` does, so nothing is looked for.
+    """
+    if sorted(record) != sorted(names):
+        raise ValueError(
+            "`state` must be of this optimizer, whose hyperparameters are "
+            f"{', '.join(names)}, got one with {', '.join(sorted(record))}."
         )
-        flags = [(f"{suffix}/{k}", array_of(node.frozen)) for k in node.labels]
-        return _Found(_freeze(inside.entries, flags)[0], inside.multipliers, flags)
-    children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
-    if isinstance(node, _INJECTED):
-        values = {k: array_of(v) for k, v in node.hyperparams.items()}
-        children = [AppliedHyperparams(values), node.inner_state]
-    if len(children) == 1 and children[0] is node:
-        return _Found()
-    return _settle(_merge([_find(child, suffix, group) for child in children]))
+    watched = np.array([not isinstance(value, jax.core.Tracer) for value in given])
+    constant = np.array([not (value is None or callable(value)) for value in given])
+    found = stacked([record[name] for name in names])
+    changed = (bits(found) != holds.written) & watched
+    # A constant that is written back is released, not held.
+    own = (bits(found) == bits(base)) & constant
+    return holds._replace(
+        held=jnp.where(changed, ~own, holds.held),
+        values=jnp.where(changed, found, holds.values),
+    )
 
 
-def _merge(parts: list[_Found]) -> _Found:
-    fields = zip(*parts, strict=True)
-    return _Found(*(list(itertools.chain(*lists)) for lists in fields))
+def applied(
+    given: Mapping[str, optax.ScalarOrSchedule],
+    count: jax.Array,
+    record: Mapping[str, Any],
+    holds: Holds,
+) -> tuple[jax.Array, Record, Holds]:
+    """The values to apply at ``count``, in order of their names, and their record."""
+    names = in_order(given)
+    base = stacked([value_at(given[name], count) for name in names])
+    holds = noticed(names, record, holds, base, [given[name] for name in names])
+    values = jnp.where(holds.held, holds.values, base)
+    return values, *written(names, values, values, holds)
 
 
-def _settle(found: _Found) -> _Found:
-    """Factors times the rates that they meet here, and 0 for those of frozen groups."""
-    entries, waiting = list(found.entries), []
-    for suffix, group, record in found.multipliers:
-        rates = [(at, rate) for name, at, rate in entries if name == "learning_rate"]
-        # The rates of the same group or of one around it.
-        around = [rate for at, rate in rates if f"{suffix}/".startswith(f"{at}/")]
-        factors = _factors(suffix, group, record)
-        if not around and not {at for at, _ in rates} & set(factors):
-            waiting.append((suffix, group, record))
-            continue
-        for at, factor in factors.items():
-            if any(at == of for of, _ in rates):
-                entries = [
-                    (name, of, value * factor)
-                    if (name, of) == ("learning_rate", at)
-                    else (name, of, value)
-                    for name, of, value in entries
-                ]
-            elif around:
-                entries = [
-                    *entries,
-                    *(("learning_rate", at, rate * factor) for rate in around),
-                ]
-            else:
-                entries = [*entries, ("multiplier", at, factor)]
-    entries, frozen = _freeze(entries, found.frozen)
-    return _Found(entries, waiting, frozen)
+def first(
+    given: Mapping[str, optax.ScalarOrSchedule],
+) -> tuple[jax.Array, Record, Holds]:
+    """A count of 0, and the record and holds before the first update."""
+    count, names = jnp.zeros([], jnp.int32), in_order(given)
+    values = stacked([value_at(given[name], count) for name in names])
+    return count, *opened(names, values)
 
 
-def _factors(
-    suffix: str, group: Any, record: AppliedMultipliers
-) -> dict[str, jax.Array]:
-    """Factor by suffix: of every label, or of the group alone that has this state."""
-    values = array_of(record.values)
-    return {
-        suffix if label == group else f"{suffix}/{label}": values[..., k]
-        for k, label in enumerate(record.labels)
-        if label == group or group not in record.labels
-    }
+# --- in a state -----------------------------------------------------------------------
+
+INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
-def _freeze(
-    entries: Sequence[tuple[str, str, jax.Array]],
-    frozen: Sequence[tuple[str, jax.Array]],
-) -> tuple[list[tuple[str, str, jax.Array]], list[tuple[str, jax.Array]]]:
-    """Sets the rates of frozen groups to 0; returns the flags that met no rate too."""
-    entries, waiting = list(entries), []
-    for suffix, flag in frozen:
-        inside = [
-            name == "learning_rate" and f"{at}/".startswith(f"{suffix}/")
-            for name, at, _ in entries
-        ]
-        entries = [
-            (name, at, jnp.where(flag, 0, value)) if here else (name, at, value)
-            for (name, at, value), here in zip(entries, inside, strict=True)
-        ]
-        waiting += [] if any(inside) else [(suffix, flag)]
-    return entries, waiting
+def dials_of(state: Any) -> dict[str, Any]:
+    """The record in a state that has one: ``hyperparams`` or ``dials``."""
+    return getattr(state, "hyperparams", None) or getattr(state, "dials", {})
+
+
+def _has_record(node: Any) -> bool:
+    return isinstance(node, INJECTED) or (
+        isinstance(node, tuple)
+        and (isinstance(getattr(node, "holds", None), Holds) or hasattr(node, "facts"))
+    )
+
+
+class Place(NamedTuple):
+    """A state with a record, somewhere in an optimizer state."""
+
+    state: Any
+    suffix: str  # of its names: the labels of the partitions around it, "/label"
+
+
+def map_records(
+    function: Callable[[Place], Any],
+    tree: Any,
+    more: tuple[type, ...] = (),
+    suffix: str = "",
+) -> Any:
+    """Each state with a record replaced, at any nesting, from the outside inwards.
+
+    Likewise states of ``more`` kinds.
+    """
+
+    def is_stop(node: Any) -> bool:
+        return _has_record(node) or isinstance(node, (optax.PartitionState, *more))
+
+    def replaced(node: Any) -> Any:
+        if isinstance(node, optax.PartitionState):
+            inner = {
+                label: map_records(function, state, more, f"{suffix}/{label}")
+                for label, state in node.inner_states.items()
+            }
+            return node._replace(inner_states=inner)
+        if not is_stop(node):
+            return node
+        node = function(Place(node, suffix))
+        if hasattr(node, "inner_state"):
+            inner_state = map_records(function, node.inner_state, more, suffix)
+            node = node._replace(inner_state=inner_state)
+        return node
+
+    return jax.tree.map(
+        replaced, tree, is_leaf=lambda node: is_stop(node) or _trees.is_box(node)
+    )
+
+
+def places_in(opt_state: Any) -> list[Place]:
+    """The states with a record, in order."""
+    found: list[Place] = []
+
+    def note(place: Place) -> Any:
+        found.append(place)
+        return place.state
+
+    map_records(note, opt_state)
+    return found
+
+
+class Entry(NamedTuple):
+    """A value in a record."""
+
+    name: str
+    place: int  # among the places
+    key: str  # in the record
+    is_dial: bool  # a fact cannot be set
+
+
+def entries_in(places: Sequence[Place]) -> Iterator[Entry]:
+    """The entries of all records, each by a name of its own."""
+    taken: set[str] = set()
+    for k, place in enumerate(places):
+        facts = getattr(place.state, "facts", {})
+        keys = [(key, True) for key in in_order(dials_of(place.state))]
+        for key, is_dial in keys + [(key, False) for key in in_order(facts)]:
+            name, slash, label = key.partition("/")
+            full = unique = f"{name}{place.suffix}{slash}{label}"
+            number = 0
+            while unique in taken:
+                number += 1
+                unique = f"{full}_{number}"
+            taken.add(unique)
+            yield Entry(unique, k, key, is_dial)
 
 
 def find_states(opt_state: Any, *kinds: type) -> dict[str, Any]:
@@ -151,7 +234,7 @@ def find_states(opt_state: Any, *kinds: type) -> dict[str, Any]:
     found = jax.tree_util.tree_leaves_with_path(
         opt_state, is_leaf=lambda node: isinstance(node, kinds)
     )
-    return {path_of(path): node for path, node in found if isinstance(node, kinds)}
+    return {_trees.path_of(path): x for path, x in found if isinstance(x, kinds)}
 
 
 def states_in(opt_state: Any) -> str:
@@ -167,13 +250,29 @@ def states_in(opt_state: Any) -> str:
     return ", ".join(kinds) or f"a {type(opt_state).__name__}"
 
 
+def check_structured(opt_state: Any) -> None:
+    """Raises if this is a state whose containers have become dicts and lists."""
+
+    def is_bare(node: Any) -> bool:
+        return isinstance(node, Mapping) and {"holds", "facts"} & {*node} != set()
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_bare)
+    if any(map(is_bare, nodes)):
+        raise ValueError(
+            "`opt_state` must be in the containers that `init` made, got dicts in "
+            "their place, as of a checkpoint that was restored without them. Restore "
+            "it into the structure of `tx.init(params)`."
+        )
+
+
 def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
     """Reads the hyperparameters that the last update applied, for a log line.
 
     Finds the records of this package's transformations, and the hyperparameters of
     ``optax.inject_hyperparams``, at any nesting: ``chain``, ``named_chain``,
     ``partition``, ``masked``, ``MultiSteps``, ``apply_if_finite``. Works inside and
-    outside ``jit`` and does not wait for the device.
+    outside ``jit`` and does not wait for the device. What is read here can be set; see
+    :func:`set_hyperparams`.
 
     Args:
       opt_state: An optimizer state, or any pytree that holds one: an
@@ -182,15 +281,24 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
 
     Returns:
       Name to value, float32 arrays without axes (but those of a state made by
-      ``vmap``): ``learning_rate``, ``momentum`` or
-      ``b1``, ``weight_decay``, and whatever ``inject_hyperparams`` holds, in its dtype.
+      ``vmap``), in the order of the chain:
+
+      * ``learning_rate``, and ``learning_rate/<label>`` of groups; ``momentum``, or
+        ``b1``, ``b2`` and ``eps``; ``weight_decay``; ``multiplier/<label>`` of
+        :func:`scale_by_group`; whatever ``inject_hyperparams`` holds, in its dtype;
+      * facts, which cannot be set: ``cooldown``, the fraction of a cooldown that is
+        over, and ``frozen/<label>``, a bool, of :func:`gradual_unfreezing`. A frozen
+        group reports the rate that it would have.
+
       Inside ``partition`` and :func:`gradual_unfreezing` the names are
-      ``name/<label>``, and :func:`scale_by_group` adds ``learning_rate/<label>``, the
-      rate times the group's multiplier (``multiplier/<label>`` where no chain around it
-      records a rate). While a group is frozen its rate is 0. A name that occurs
-      again, as where ``inject_hyperparams`` wraps one of our recipes, is numbered:
-      ``name_2``, ``name_3``. Before the first update the values are those of step 0. A
-      state without any of this gives ``{}``.
+      ``name/<label>``. A name that occurs again, as where ``inject_hyperparams`` wraps
+      one of our recipes, is numbered: ``name_1``, ``name_2``. Before the first update
+      the values are those of step 0. A state without any of this, such as that of
+      ``optax.adam``, gives ``{}``.
+
+    Raises:
+      ValueError: If the containers of the state have become dicts, as in a checkpoint
+        that was restored without them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -198,19 +306,13 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
       >>> tx = osc.onecycle_sgd(1.0, total_steps=10)
       >>> applied = osc.read_hyperparams(tx.init(jnp.ones(3)))
       >>> print({name: round(float(value), 2) for name, value in applied.items()})
-      {'weight_decay': 0.0, 'momentum': 0.95, 'learning_rate': 0.04}
+      {'momentum': 0.95, 'learning_rate': 0.04, 'cooldown': 0.0}
     """
-    found = _find(opt_state)
-    alone = [
-        ("multiplier", at, factor)
-        for waiting in found.multipliers
-        for at, factor in _factors(*waiting).items()
-    ]
-    numbered: dict[str, jax.Array] = {}
-    for name, suffix, value in [*found.entries, *alone]:
-        key, number = name + suffix, 1
-        while key in numbered:
-            number += 1
-            key = f"{name}{suffix}_{number}"
-        numbered[key] = value
-    return numbered
+    check_structured(opt_state)
+    places = places_in(opt_state)
+    read: dict[str, jax.Array] = {}
+    for name, place, key, is_dial in entries_in(places):
+        state = places[place].state
+        record = dials_of(state) if is_dial else state.facts
+        read[name] = _trees.array_of(record[key])
+    return read

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -71,6 +72,38 @@ def boxed_as(leaf: Any, array: jax.Array) -> Any:
 def in_new_boxes(tree: Tree) -> Tree:
     """The same arrays in boxes of their own, which an owner may write into."""
     return jax.tree.map(lambda array: array, tree)
+
+
+def is_variable(leaf: Any) -> bool:
+    """Whether this is a box that its owner writes into."""
+    return _is_a(leaf, "Variable")
+
+
+def assigned(leaf: Any, value: Any) -> Any:
+    """The leaf with another value: a Variable itself, all else anew."""
+    if is_variable(leaf):
+        leaf.set_value(value)
+        return leaf
+    return boxed_as(leaf, value)
+
+
+def placed_as(array: jax.Array, like: jax.Array) -> jax.Array:
+    """The array with the dtype of another, on its devices and in its memory."""
+    array = array.astype(like.dtype)
+    if any(isinstance(x, jax.core.Tracer) for x in (array, like)):
+        return array
+    same = array.sharding == like.sharding
+    return array if same else jax.device_put(array, like.sharding)
+
+
+def given_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """The parameters with None wherever there is no update, be it a whole subtree."""
+    return jax.tree.map(
+        lambda update, part: None if update is None else part,
+        updates,
+        params,
+        is_leaf=lambda node: node is None,
+    )
 
 
 def copy_tree(tree: Tree, copied: Callable[[Any], Any]) -> Tree:
@@ -261,6 +294,8 @@ def skeleton_of(params: optax.Params) -> Any:
 
 def check_skeleton(updates: optax.Updates, skeleton: Any) -> None:
     """Raises unless ``updates`` have the structure that ``init`` has seen."""
+    if skeleton is None:
+        return
     now = skeleton_of(updates)
     same: Any = jax.tree.structure(skeleton)
     if jax.tree.structure(now) == same:

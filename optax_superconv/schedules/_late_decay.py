@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from optax_superconv import _checks
 from optax_superconv._numerics import wide_dtype
 from optax_superconv.schedules import _phases
-from optax_superconv.schedules._cycles import check_cycle
+from optax_superconv.schedules._onecycle import check_cycle
 from optax_superconv.schedules._phases import Phase, Shape, phase_schedule
 
 

@@ -5,16 +5,15 @@ One optimizer for all parameters, then a factor per group: :math:`u_i = m_{l(i)}
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_superconv import _checks, _trees
-from optax_superconv._dials import AppliedMultipliers, value_at
+from optax_superconv import _checks, _dials, _trees
 from optax_superconv._numerics import increment, scale
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.transforms._link import link
@@ -24,8 +23,23 @@ class ScaleByGroupState(NamedTuple):
     """State of :func:`scale_by_group`."""
 
     count: jax.Array  # (), int32
+    dials: _dials.Record  # multiplier/<label>
+    holds: _dials.Holds
     skeleton: Any  # the containers of the parameters, () for each leaf
-    applied: AppliedMultipliers
+
+
+class Groups(NamedTuple):
+    """The groups of a tree, in the order of their names."""
+
+    names: list[str]
+    multipliers: list[optax.ScalarOrSchedule]
+    members: list[int]  # per leaf of the tree, a box being one; empty without groups
+    skeleton: Any
+    are_unknown: bool  # optax.tree.map_params asks, and has no parameters
+
+    def factors_at(self, count: jax.Array) -> jax.Array:
+        """The factor of each group, float32."""
+        return _dials.stacked([_dials.value_at(x, count) for x in self.multipliers])
 
 
 def scale_by_group(
@@ -36,17 +50,17 @@ def scale_by_group(
 
     .. math:: u_i \leftarrow m_{l(i)}(t)\, u_i
 
-    One optimizer for all and then this: the step costs what the optimizer alone costs,
-    however many groups there are. Where it stands decides what it scales:
+    For a chain whose rate is not this package's; its :func:`scale_by_learning_rate`
+    takes multipliers itself. One optimizer for all and then this: the step costs what
+    the optimizer alone costs, however many groups there are. Where it stands decides
+    what it scales:
 
     * after a rescaling such as Adam's it scales the rate (before, Adam undoes it);
     * after ``add_decayed_weights`` it scales the decay too, as a rate per group does in
       timm, PyTorch's and Optax's AdamW; between the two, the decay is the same for all;
     * after the momentum of SGD or before it is the same for constants.
 
-    So: ``chain(scale_by_scheduled_adam(...), add_decayed_weights(...),
-    scale_by_group(...), scale_by_learning_rate(...))``. A finished optimizer will do:
-    ``chain(onecycle_adamw(...), scale_by_group(...))``.
+    A finished optimizer will do: ``chain(optax.adamw(1e-3), scale_by_group(...))``.
 
     Args:
       multipliers: A dict from label to multiplier, a finite number of at least 0 or a
@@ -60,9 +74,8 @@ def scale_by_group(
         :func:`label_by_depth` makes.
 
     Returns:
-      The transformation. :func:`read_hyperparams` reads ``learning_rate/<label>``, the
-      rate that each group got, where a rate is recorded in the same chain, as by
-      :func:`scale_by_learning_rate`; else ``multiplier/<label>``.
+      The transformation. :func:`read_hyperparams` reads ``multiplier/<label>``, which
+      :func:`set_hyperparams` sets.
 
     Raises:
       ValueError: At ``init`` and ``update``, if a label has no multiplier or a
@@ -78,71 +91,111 @@ def scale_by_group(
       >>> tx = optax.chain(
       ...     optax.scale_by_adam(),
       ...     osc.scale_by_group({0: 0.1, 1: 1.0}, label),
-      ...     osc.scale_by_learning_rate(0.5))
+      ...     optax.scale_by_learning_rate(0.5))
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
       >>> print(updates["body"].round(3), updates["head"].round(3))
       [-0.05 -0.05] [-0.5 -0.5]
-      >>> rates = osc.read_hyperparams(state)
-      >>> print({name: round(float(rate), 3) for name, rate in rates.items()})
-      {'learning_rate': 0.5, 'learning_rate/0': 0.05, 'learning_rate/1': 0.5}
+      >>> applied = osc.read_hyperparams(state)
+      >>> print({name: round(float(value), 3) for name, value in applied.items()})
+      {'multiplier/0': 0.1, 'multiplier/1': 1.0}
 
     References:
       Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2.
     """
-    if not _trees.is_function(multipliers):
-        multipliers = _checked_multipliers(multipliers)
+    groups_of = grouped(multipliers, param_labels)
 
-    def values_at(by_label: Mapping[Any, Any], count: jax.Array) -> dict[Any, Any]:
-        return {k: value_at(by_label[k], count) for k in sorted(by_label)}
-
-    def record(values: dict[Any, Any], params: Any) -> AppliedMultipliers:
-        if not values:  # optax.tree.map_params knows its placeholder by what it holds.
-            return AppliedMultipliers(params, jnp.zeros(0))
-        return AppliedMultipliers(dict.fromkeys(values), jnp.stack([*values.values()]))
+    def names_of(groups: Groups) -> list[str]:
+        return [f"multiplier/{name}" for name in groups.names]
 
     def init_fn(params: optax.Params) -> ScaleByGroupState:
-        labels = _trees.labels_of(param_labels, params)
-        by_label = _multipliers_of(multipliers, labels, params)
-        count = jnp.zeros([], jnp.int32)
-        applied = record(values_at(by_label, count), params)
-        return ScaleByGroupState(count, _trees.skeleton_of(params), applied)
+        groups, count = groups_of(params), jnp.zeros([], jnp.int32)
+        factors = groups.factors_at(count)
+        dials, holds = _dials.opened(names_of(groups), factors)
+        # A single leaf matches whatever dict there is.
+        dials = cast(_dials.Record, factors) if groups.are_unknown else dials
+        return ScaleByGroupState(count, dials, holds, groups.skeleton)
 
     def update_fn(
         updates: optax.Updates, state: ScaleByGroupState, params: optax.Params | None
     ) -> tuple[optax.Updates, ScaleByGroupState]:
         del params
         _trees.check_skeleton(updates, state.skeleton)
-        labels = _trees.labels_of(param_labels, updates)
-        by_label = _multipliers_of(multipliers, labels, updates)
-        values = values_at(by_label, state.count)
-        factors = {
-            k: value if callable(by_label[k]) else _as_data(value, state.count)
-            for k, value in values.items()
-        }
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=_trees.is_box)
-
-        pairs = zip(labels, leaves, strict=True)
-        scaled = [scale(factors[label], leaf) for label, leaf in pairs]
-        return jax.tree.unflatten(treedef, scaled), ScaleByGroupState(
-            increment(state.count), state.skeleton, record(values, updates)
+        groups, count = groups_of(updates), state.count
+        base, names = groups.factors_at(count), names_of(groups)
+        holds = _dials.noticed(
+            names, state.dials, state.holds, base, groups.multipliers
+        )
+        factors = jnp.where(holds.held, holds.values, base)
+        of_group = elements(factors, count)
+        dials, holds = _dials.written(names, of_group, factors, holds)
+        return scale_groups(of_group, groups, updates), ScaleByGroupState(
+            increment(count), dials, holds, state.skeleton
         )
 
     return link(init_fn, update_fn)
 
 
-def _as_data(value: jax.Array, count: jax.Array) -> jax.Array:
-    """A constant that XLA does not build into its kernels.
+def grouped(
+    multipliers: Any, param_labels: Labels | LabelFn | None
+) -> Callable[[Any], Groups]:
+    """The groups of a tree, with multipliers and labels that are checked here."""
+    if multipliers is None and param_labels is None:
+        return lambda tree: Groups([], [], [], None, False)
+    for name, value, other in (
+        ("multipliers", multipliers, "param_labels"),
+        ("param_labels", param_labels, "multipliers"),
+    ):
+        _checks.require(value is not None, name, f"given with `{other}`", None)
+    if not _trees.is_function(multipliers):
+        multipliers = _checked_multipliers(multipliers)
 
-    So the leaves of all groups share kernels, and to compile many groups takes no
-    longer than to compile one. XLA builds in scalars, and what it can compute
-    beforehand; it cannot know that a count is not negative.
+    def groups_of(tree: Any) -> Groups:
+        labels = _trees.labels_of(cast(Labels, param_labels), tree)
+        by_label = _multipliers_of(multipliers, labels, tree)
+        names = _dials.in_order(map(str, by_label))
+        by_name = {str(label): value for label, value in by_label.items()}
+        at = {name: k for k, name in enumerate(names)}
+        return Groups(
+            names,
+            [by_name[name] for name in names],
+            [at[str(label)] for label in labels],
+            _trees.skeleton_of(tree),
+            not names and not isinstance(tree, dict | list | tuple),
+        )
+
+    return groups_of
+
+
+def elements(values: jax.Array, count: jax.Array) -> list[jax.Array]:
+    """The elements of a vector, which XLA does not tell apart when it compiles.
+
+    It builds what it can compute beforehand into its kernels, such as where an element
+    is. Of what it cannot, as that a count is not negative, the leaves of all groups
+    share kernels, and to compile many groups takes little longer than to compile one.
     """
     zero = count.astype(jnp.uint32) >> 31
-    return jax.lax.dynamic_slice(jnp.stack([value, value + 1]), (zero,), (1,)).reshape(
-        ()
-    )
+
+    def at(vector: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(vector, (index,), (1,)).reshape(())
+
+    return [
+        at(values, at(np.array([k, k + 1], np.uint32), zero))
+        for k in range(len(values))
+    ]
+
+
+def scale_groups(
+    factors: Sequence[jax.Array], groups: Groups, updates: optax.Updates
+) -> optax.Updates:
+    """Each update times the factor of its group."""
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=_trees.is_box)
+    scaled = [
+        scale(factors[member], leaf)
+        for member, leaf in zip(groups.members, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, scaled)
 
 
 def _checked_multipliers(multipliers: Any) -> dict[Any, optax.ScalarOrSchedule]:
@@ -218,7 +271,9 @@ def describe_groups(
         if not _trees.is_function(multipliers):
             _checked_multipliers(multipliers)
         values = _multipliers_of(multipliers, labels, params)
-        at_start = (float(value_at(values[label], jnp.int32(0))) for label in labels)
+        at_start = (
+            float(_dials.value_at(values[label], jnp.int32(0))) for label in labels
+        )
         column = ["multiplier", *(f"{value:.4g}" for value in at_start)]
         rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

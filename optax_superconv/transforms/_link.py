@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from optax_superconv._dials import AppliedHyperparams, value_at
+from optax_superconv import _dials
 from optax_superconv._numerics import increment
 
 if TYPE_CHECKING:
@@ -22,7 +21,8 @@ class ScheduledState(NamedTuple):
     """State of a transformation that has a single hyperparameter and no memory."""
 
     count: jax.Array  # (), int32
-    applied: AppliedHyperparams
+    dials: _dials.Record
+    holds: _dials.Holds
 
 
 def link(
@@ -75,15 +75,15 @@ def scheduled_link(
 
     def init_fn(params: optax.Params) -> ScheduledState:
         del params
-        count = jnp.zeros([], jnp.int32)
-        return ScheduledState(count, AppliedHyperparams({name: value_at(value, count)}))
+        return ScheduledState(*_dials.first({name: value}))
 
     def update_fn(
         updates: optax.Updates, state: ScheduledState, params: optax.Params | None
     ) -> tuple[optax.Updates, ScheduledState]:
-        applied = value_at(value, state.count)
-        return apply(applied, updates, params), ScheduledState(
-            increment(state.count), AppliedHyperparams({name: applied})
+        (now,), dials, holds = _dials.applied(
+            {name: value}, state.count, state.dials, state.holds
         )
+        new_state = ScheduledState(increment(state.count), dials, holds)
+        return apply(now, updates, params), new_state
 
     return link(init_fn, update_fn)

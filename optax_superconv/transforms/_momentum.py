@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_superconv import _checks
-from optax_superconv._dials import AppliedHyperparams, value_at
+from optax_superconv import _checks, _dials
 from optax_superconv._numerics import (
     increment,
     narrow,
@@ -43,7 +42,8 @@ class ScheduledTraceState(NamedTuple):
 
     count: jax.Array  # (), int32
     trace: optax.Updates  # like the parameters
-    applied: AppliedHyperparams  # momentum
+    dials: _dials.Record  # momentum
+    holds: _dials.Holds
 
 
 class ScaleByScheduledAdamState(NamedTuple):
@@ -54,7 +54,8 @@ class ScaleByScheduledAdamState(NamedTuple):
     nu: optax.Updates  # like the parameters
     mu_weight: jax.Array  # (), float32; the mean of a constant 1
     nu_weight: jax.Array  # (), float32
-    applied: AppliedHyperparams  # b1
+    dials: _dials.Record  # b1, b2, eps
+    holds: _dials.Holds
 
 
 def _zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
@@ -105,20 +106,20 @@ def scheduled_trace(
       learning <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
     """
     _checks.number_or_schedule("decay", decay, _checks.DECAY)
+    given = {"momentum": decay}
 
     def init_fn(params: optax.Params) -> ScheduledTraceState:
-        count = jnp.zeros([], jnp.int32)
-        return ScheduledTraceState(
-            count,
-            _zeros_like(params, accumulator_dtype),
-            AppliedHyperparams({"momentum": value_at(decay, count)}),
-        )
+        count, dials, holds = _dials.first(given)
+        trace = _zeros_like(params, accumulator_dtype)
+        return ScheduledTraceState(count, trace, dials, holds)
 
     def update_fn(
         updates: optax.Updates, state: ScheduledTraceState, params: optax.Params | None
     ) -> tuple[optax.Updates, ScheduledTraceState]:
         del params
-        momentum = value_at(decay, state.count)
+        (momentum,), dials, holds = _dials.applied(
+            given, state.count, state.dials, state.holds
+        )
 
         def accumulate(g: ArrayLike, m: jax.Array) -> jax.Array:
             wide = widen(g)
@@ -129,7 +130,8 @@ def scheduled_trace(
         return jax.tree.map(narrow, looked, updates), ScheduledTraceState(
             increment(state.count),
             jax.tree.map(narrow, trace, state.trace),
-            AppliedHyperparams({"momentum": momentum}),
+            dials,
+            holds,
         )
 
     return link(init_fn, update_fn)
@@ -139,7 +141,7 @@ def scale_by_scheduled_adam(
     b1: optax.ScalarOrSchedule,
     b2: optax.ScalarOrSchedule = 0.999,
     *,
-    eps: ArrayLike = 1e-8,
+    eps: optax.ScalarOrSchedule = 1e-8,
     mu_dtype: Any = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -166,14 +168,15 @@ def scale_by_scheduled_adam(
     Args:
       b1: Decay of the first moment in [0, 1), or a schedule ``count -> b1``.
       b2: Decay of the second moment in [0, 1), or a schedule ``count -> b2``.
-      eps: Number that is added to the root of the second moment, at least 0.
+      eps: Number that is added to the root of the second moment, at least 0, or a
+        schedule ``count -> eps``.
       mu_dtype: Dtype of the first moment, a floating-point type. None is the dtype of
         the parameters, but at least float32. In bfloat16 the moment itself is rounded,
         by up to a few per cent.
       nesterov: Whether to use Nesterov momentum, with the b1 of the next step.
 
     Returns:
-      The transformation; :func:`read_hyperparams` reads ``b1``.
+      The transformation; :func:`read_hyperparams` reads ``b1``, ``b2`` and ``eps``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -192,10 +195,11 @@ def scale_by_scheduled_adam(
     """
     _checks.number_or_schedule("b1", b1, _checks.DECAY)
     _checks.number_or_schedule("b2", b2, _checks.DECAY)
-    _checks.number("eps", eps, _checks.NON_NEGATIVE)
+    _checks.number_or_schedule("eps", eps, _checks.NON_NEGATIVE)
+    given = {"b1": b1, "b2": b2, "eps": eps}
 
     def init_fn(params: optax.Params) -> ScaleByScheduledAdamState:
-        count = jnp.zeros([], jnp.int32)
+        count, dials, holds = _dials.first(given)
         real = jax.tree.map(lambda p: jnp.real(jnp.asarray(p)), params)
         return ScaleByScheduledAdamState(
             count,
@@ -203,7 +207,8 @@ def scale_by_scheduled_adam(
             nu=_zeros_like(real),
             mu_weight=jnp.zeros([], jnp.float32),
             nu_weight=jnp.zeros([], jnp.float32),
-            applied=AppliedHyperparams({"b1": value_at(b1, count)}),
+            dials=dials,
+            holds=holds,
         )
 
     def update_fn(
@@ -213,7 +218,9 @@ def scale_by_scheduled_adam(
     ) -> tuple[optax.Updates, ScaleByScheduledAdamState]:
         del params
         count = increment(state.count)
-        beta1, beta2 = value_at(b1, state.count), value_at(b2, state.count)
+        (beta1, beta2, epsilon), dials, holds = _dials.applied(
+            given, state.count, state.dials, state.holds
+        )
         gain1, gain2 = 1 - beta1, 1 - beta2
         mu_weight = weight_after(state.mu_weight, gain1)
         nu_weight = weight_after(state.nu_weight, gain2)
@@ -234,7 +241,7 @@ def scale_by_scheduled_adam(
         # These are scalars, so that each leaf needs one division and not two.
         mu_scale, g_scale = 1 / mu_weight, None
         if nesterov:
-            next_beta1 = value_at(b1, count)
+            next_beta1 = jnp.where(holds.held[0], beta1, _dials.value_at(b1, count))
             mu_scale = next_beta1 / (next_beta1 * mu_weight + (1 - next_beta1))
             g_scale = gain1 / mu_weight
 
@@ -242,7 +249,7 @@ def scale_by_scheduled_adam(
             numerator = times(mu_scale, m)
             if g_scale is not None:
                 numerator = numerator + times(g_scale, widen(g))
-            root = jnp.sqrt(times(1 / nu_weight, v)) + jnp.asarray(eps, v.dtype)
+            root = jnp.sqrt(times(1 / nu_weight, v)) + epsilon.astype(v.dtype)
             return narrow(numerator / root.astype(numerator.dtype), g)
 
         return jax.tree.map(rescale, updates, mu, nu), ScaleByScheduledAdamState(
@@ -251,7 +258,8 @@ def scale_by_scheduled_adam(
             jax.tree.map(narrow, nu, state.nu),
             mu_weight,
             nu_weight,
-            AppliedHyperparams({"b1": beta1}),
+            dials,
+            holds,
         )
 
     return link(init_fn, update_fn)

@@ -11,7 +11,12 @@ from jax.typing import ArrayLike
 
 from optax_superconv import _checks
 from optax_superconv._numerics import narrow, times, widen
-from optax_superconv._trees import array_of, map_with_paths
+from optax_superconv._trees import (
+    array_of,
+    given_updates,
+    is_function,
+    map_with_paths,
+)
 from optax_superconv.transforms._link import given, scheduled_link
 
 
@@ -25,28 +30,71 @@ def _is_matrix(params: optax.Params) -> Any:
 
 
 def add_decayed_weights(
-    weight_decay: optax.ScalarOrSchedule, weight_decay_mask: Any = "matrices"
+    weight_decay: optax.ScalarOrSchedule, mask: Any = "matrices"
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax.add_decayed_weights`` that records the decay and keeps one structure."""
+    r"""Adds the weights times the weight decay to the updates, and records the decay.
+
+    .. math:: u_i \leftarrow u_i + \lambda_t \theta_i
+
+    It has the name and the place of Optax's function: after a rescaling such as Adam's
+    and before the learning rate the decay is decoupled, as in AdamW; before a momentum
+    it is coupled, as in SGD. Differs from ``optax.add_decayed_weights``:
+
+    1. By default biases and vectors do not decay, and norm scales are vectors.
+    2. The state is the same for a constant and for a schedule. The decay is float32 for
+       every dtype of the updates, which keep theirs.
+
+    Args:
+      weight_decay: Strength :math:`\lambda` of at least 0, or a schedule ``count ->
+        weight_decay``. AdamC's, in proportion to the rate, is
+        ``lambda t: 0.01 * rate(t) / peak``.
+      mask: What is decayed. ``"matrices"``: a leaf that has two dimensions or more and
+        whose path does not end in ``bias`` (Flax's attention biases have two). Or as in
+        ``optax.add_decayed_weights``: a tree of bools, a prefix of one, a function of
+        the parameters, or None for everything. Norm scales that are stacked over layers
+        have two dimensions too, so they need a mask.
+
+    Returns:
+      The transformation; :func:`read_hyperparams` reads ``weight_decay``. Its
+      ``update`` needs the parameters; it leaves alone what has no update (None).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> params = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
+      >>> tx = osc.add_decayed_weights(0.5)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(updates["kernel"], updates["bias"])
+      [[1.5 1.5]] [1. 1.]
+
+    References:
+      Loshchilov and Hutter, `Decoupled Weight Decay Regularization
+      <https://arxiv.org/abs/1711.05101>`_, 2019.
+    """
     _checks.number_or_schedule("weight_decay", weight_decay, _checks.NON_NEGATIVE)
-    # The default has a name because optax.inject_hyperparams takes a callable for a
-    # schedule.
-    if isinstance(weight_decay_mask, str):
-        _checks.choice("weight_decay_mask", weight_decay_mask, ("matrices",))
-        weight_decay_mask = _is_matrix
+    if isinstance(mask, str):
+        _checks.choice("mask", mask, ("matrices",))
 
     def apply(
         decay: jax.Array, updates: optax.Updates, params: optax.Params | None
     ) -> optax.Updates:
-        if not callable(weight_decay) and _checks.is_zero(weight_decay):
-            return updates  # Reads no parameters, so none need to be given.
+        params = given_updates(given(params, "decay weights"), updates)
 
         def decayed(g: ArrayLike, p: ArrayLike) -> jax.Array:
             return narrow(widen(g) + times(decay, widen(p)), g)
 
-        return jax.tree.map(decayed, updates, given(params, "decay weights"))
+        # The default has a name, and not a function, so that this is a link of plain
+        # data: libraries turn functions in a chain into pytrees, or into schedules.
+        chosen = True if mask is None else mask
+        if isinstance(mask, str):
+            chosen = _is_matrix(params)
+        elif callable(mask) and is_function(mask):
+            chosen = mask(params)
+        return jax.tree.map(
+            lambda m, g, p: jax.tree.map(decayed, g, p) if m else g,
+            chosen,
+            updates,
+            params,
+        )
 
-    transform = scheduled_link("weight_decay", weight_decay, apply)
-    if weight_decay_mask is None:
-        return transform
-    return optax.masked(transform, weight_decay_mask)
+    return scheduled_link("weight_decay", weight_decay, apply)

@@ -1,0 +1,202 @@
+"""How is a dial set?
+
+What is set is data in the optimizer's state: nothing is traced again, checkpoints carry
+the decision, and ``jax.vmap`` forks one state into several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from optax_superconv import _checks, _dials, _trees
+from optax_superconv._dials import Place
+
+_RULES = {
+    **dict.fromkeys(("momentum", "b1", "b2"), _checks.DECAY),
+    **dict.fromkeys(("weight_decay", "eps", "multiplier"), _checks.NON_NEGATIVE),
+}
+_REMEDIES = {
+    "cooldown": "`start_cooldown` starts one and `restart_schedules` lifts it",
+    "frozen": "it follows from `thaw_steps`, which `restart_schedules` begins anew",
+}
+
+
+Write = Callable[[Any, jax.Array], Any]
+Values = Mapping[str, jax.Array | None]  # By key of a record; None releases.
+
+
+def changed(
+    opt_state: Any,
+    change: Callable[[Place, Write], Any],
+    more: tuple[type, ...] = (),
+) -> Any:
+    """The state with ``change(place, write)`` in place of each state with a record.
+
+    Variables are written where they are; if there are no others, their owner is
+    returned as it is.
+    """
+    rebuilt = False
+
+    def write(leaf: Any, value: jax.Array) -> Any:
+        nonlocal rebuilt
+        rebuilt = rebuilt or not _trees.is_variable(leaf)
+        return _trees.assigned(leaf, _trees.placed_as(value, _trees.array_of(leaf)))
+
+    def replaced(place: Place) -> Any:
+        state = change(place, write)
+        # A dict of its own, which can be written into without a change to a fork.
+        records = ("hyperparams", "dials", "facts")
+        own = {
+            name: {**getattr(state, name)} for name in records if hasattr(state, name)
+        }
+        return state._replace(**own)
+
+    new_state = _dials.map_records(replaced, opt_state, more)
+    return new_state if rebuilt else opt_state
+
+
+def _checked_value(name: str, value: Any, key: str, old: jax.Array) -> jax.Array:
+    """The value as it will be applied, in the shape of the record."""
+    rule = _RULES.get(key.partition("/")[0], _checks.FINITE)
+    if _checks.number(name, value, rule) is not None:
+        # Once more as it is applied: what is below 1 may be 1 in float32.
+        _checks.number(name, np.asarray(value).astype(old.dtype), rule)
+    array = jnp.asarray(value)
+    fits = array.ndim <= old.ndim and all(
+        n in (1, m) for n, m in zip(array.shape[::-1], old.shape[::-1], strict=False)
+    )
+    shape = f"a number or an array that broadcasts to the shape {old.shape}"
+    _checks.require(fits, name, shape, f"one of shape {array.shape}")
+    return jnp.broadcast_to(array, old.shape).astype(old.dtype)
+
+
+def held(place: Place, values: Values, write: Write) -> Any:
+    """One of our states that holds these values, or none where there is None."""
+    state, names = place.state, _dials.in_order(_dials.dials_of(place.state))
+    at = np.array([names.index(key) for key in values])
+    written, flags, old = map(_trees.array_of, state.holds)
+    found = jnp.stack([_trees.array_of(_dials.dials_of(state)[k]) for k in values], -1)
+    given = [found[..., k] if x is None else x for k, x in enumerate(values.values())]
+    are_held = np.array([value is not None for value in values.values()])
+    holds = _dials.Holds(
+        # What has been written into the record before is not looked at again.
+        written=write(state.holds.written, written.at[..., at].set(_dials.bits(found))),
+        held=write(state.holds.held, flags.at[..., at].set(are_held)),
+        values=write(state.holds.values, old.at[..., at].set(jnp.stack(given, -1))),
+    )
+    return state._replace(holds=holds)
+
+
+def _injected(
+    place: Place, values: Mapping[str, jax.Array | None], write: Write
+) -> Any:
+    """A state of ``optax.inject_hyperparams`` with these values."""
+    new = {**place.state.hyperparams}
+    for key, value in values.items():
+        rule = "a hyperparameter that `optax.inject_hyperparams` does not overwrite"
+        scheduled = key in getattr(place.state, "hyperparams_states", {})
+        because = f"{key!r}, which is set at every update from the schedule given to it"
+        _checks.require(not scheduled, "values", rule, because)
+        none = f"a number for {key!r}, a constant of `optax.inject_hyperparams`"
+        if value is None:
+            raise ValueError(
+                f"`values` must have {none}, got None: no schedule follows."
+            )
+        new[key] = write(new[key], value)
+    return place.state._replace(hyperparams=new)
+
+
+def set_hyperparams(opt_state: Any, values: Mapping[str, ArrayLike | None]) -> Any:
+    """Sets hyperparameters by the names that :func:`read_hyperparams` gives them.
+
+    A value is held from the next update on, in place of its schedule or constant, until
+    it is set anew or released with None; the schedule's count goes on meanwhile. A held
+    ``learning_rate`` is multiplied by the multipliers of groups, but for those whose
+    ``learning_rate/<label>`` is held itself. A rate that is set during a cooldown
+    outranks it, and None returns to it. Until the next update
+    :func:`read_hyperparams` gives what was applied last.
+
+    Works at any nesting, inside and outside ``jit``, ``vmap`` and ``scan``, on a mesh.
+    Values take the dtype and the sharding of those before, so no program is traced
+    again. ``jax.vmap(lambda rate: set_hyperparams(state, {"learning_rate": rate}))``
+    forks a state into one per rate (pure states only).
+
+    ``optax.tree.set(state, learning_rate=rate)`` and a write into the dict of a state,
+    ``state[-1].hyperparams["learning_rate"] = rate``, hold a rate too, unchecked. A
+    written value that is just the one applied last cannot be seen there.
+
+    Args:
+      opt_state: An optimizer state, or any pytree that holds one, such as a Linen
+        ``TrainState``. Variables, as in an ``nnx.Optimizer``, are written in place.
+      values: Name to value: a number, an array that broadcasts to what is read, or None
+        to follow the schedule again. A constant of ``optax.inject_hyperparams`` can be
+        set but not released, and one that it schedules can be neither.
+
+    Returns:
+      The state with the values set, to be used in place of the one given. It shares all
+      other arrays with it: before a step that donates one of the two, copy it
+      (``jax.tree.map(jnp.copy, state)``).
+
+    Raises:
+      ValueError: If the state does not hold such a name (the names that it holds are
+        listed), if the name is one of a fact (``cooldown``, ``frozen/<label>``), or if
+        a value is out of range for its name.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_superconv as osc
+      >>> tx = osc.onecycle_sgd(1.0, total_steps=10)
+      >>> params = jnp.ones(3)
+      >>> state = osc.set_hyperparams(tx.init(params), {"learning_rate": 0.5})
+      >>> _, state = tx.update(params, state, params)
+      >>> print(float(osc.read_hyperparams(state)["learning_rate"]))
+      0.5
+      >>> state = osc.set_hyperparams(state, {"learning_rate": None})
+      >>> _, state = tx.update(params, state, params)
+      >>> print(round(float(osc.read_hyperparams(state)["learning_rate"]), 2))
+      0.28
+    """
+    _dials.check_structured(opt_state)
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            "`values` must be a dict from name to value, got "
+            f"{values!r} of type {type(values).__name__}."
+        )
+    places = _dials.places_in(opt_state)
+    entries = {entry.name: entry for entry in _dials.entries_in(places)}
+    dials = ", ".join(name for name, entry in entries.items() if entry.is_dial)
+    wanted: list[dict[str, jax.Array | None]] = [{} for _ in places]
+    for name, value in values.items():
+        if name not in entries:
+            rule = f"names that the state holds ({dials or 'none'})"
+            raise ValueError(f"`values` must have {rule}, got {name!r}.")
+        _, place, key, is_dial = entries[name]
+        if not is_dial:
+            remedy = _REMEDIES[key.partition("/")[0]]
+            raise ValueError(
+                f"`values` must have names of dials ({dials}), got {name!r}, which "
+                f"cannot be set: {remedy}."
+            )
+        old = _trees.array_of(_dials.dials_of(places[place].state)[key])
+        wanted[place][key] = (
+            None
+            if value is None
+            else _checked_value(f"values[{name!r}]", value, key, old)
+        )
+    order = iter(wanted)
+
+    def change(place: Place, write: Write) -> Any:
+        mine = next(order)
+        if not mine:
+            return place.state
+        is_injected = isinstance(place.state, _dials.INJECTED)
+        return (_injected if is_injected else held)(place, mine, write)
+
+    return changed(opt_state, change)

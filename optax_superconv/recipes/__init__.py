@@ -1,0 +1,1 @@
+"""Which optimizer, ready to use?"""
