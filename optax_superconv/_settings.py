@@ -47,7 +47,7 @@ def changed(
     def write(leaf: Any, value: jax.Array) -> Any:
         nonlocal rebuilt
         rebuilt = rebuilt or not _trees.is_variable(leaf)
-        return _trees.assigned(leaf, _trees.placed_as(value, _trees.array_of(leaf)))
+        return _trees.assigned(leaf, _trees.placed_as(value, leaf))
 
     def replaced(place: Place) -> Any:
         state = change(place, write)
