@@ -62,19 +62,33 @@ def changed(
     return new_state if rebuilt else opt_state
 
 
-def _checked_value(name: str, value: Any, key: str, old: jax.Array) -> jax.Array:
+def _form(state: Any, key: str) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a value in a record."""
+    if isinstance(state, _dials.INJECTED):
+        old = _trees.array_of(state.hyperparams[key])
+        return old.shape, old.dtype
+    return _trees.array_of(state.holds.held).shape[:-1], jnp.float32
+
+
+def _float32(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.float32)
+
+
+def _checked_value(
+    name: str, value: Any, key: str, shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
     """The value as it will be applied, in the shape of the record."""
     rule = _RULES.get(key.partition("/")[0], _checks.FINITE)
     if _checks.number(name, value, rule) is not None:
         # Once more as it is applied: what is below 1 may be 1 in float32.
-        _checks.number(name, np.asarray(value).astype(old.dtype), rule)
+        _checks.number(name, np.asarray(value).astype(dtype), rule)
     array = jnp.asarray(value)
-    fits = array.ndim <= old.ndim and all(
-        n in (1, m) for n, m in zip(array.shape[::-1], old.shape[::-1], strict=False)
+    fits = array.ndim <= len(shape) and all(
+        n in (1, m) for n, m in zip(array.shape[::-1], shape[::-1], strict=False)
     )
-    shape = f"a number or an array that broadcasts to the shape {old.shape}"
-    _checks.require(fits, name, shape, f"one of shape {array.shape}")
-    return jnp.broadcast_to(array, old.shape).astype(old.dtype)
+    rule_of_shape = f"a number or an array that broadcasts to the shape {shape}"
+    _checks.require(fits, name, rule_of_shape, f"one of shape {array.shape}")
+    return jnp.broadcast_to(array, shape).astype(dtype)
 
 
 def held(place: Place, values: Values, write: Write) -> Any:
@@ -82,7 +96,9 @@ def held(place: Place, values: Values, write: Write) -> Any:
     state, names = place.state, _dials.in_order(_dials.dials_of(place.state))
     at = np.array([names.index(key) for key in values])
     written, flags, old = map(_trees.array_of, state.holds)
-    found = jnp.stack([_trees.array_of(_dials.dials_of(state)[k]) for k in values], -1)
+    record = _dials.dials_of(state)
+    # In float32 whatever has been written there.
+    found = jnp.stack([_float32(_trees.array_of(record[key])) for key in values], -1)
     given = [found[..., k] if x is None else x for k, x in enumerate(values.values())]
     are_held = np.array([value is not None for value in values.values()])
     holds = _dials.Holds(
@@ -184,12 +200,10 @@ def set_hyperparams(opt_state: Any, values: Mapping[str, ArrayLike | None]) -> A
                 f"`values` must have names of dials ({dials}), got {name!r}, which "
                 f"cannot be set: {remedy}."
             )
-        old = _trees.array_of(_dials.dials_of(places[place].state)[key])
-        wanted[place][key] = (
-            None
-            if value is None
-            else _checked_value(f"values[{name!r}]", value, key, old)
-        )
+        if value is not None:
+            shape, dtype = _form(places[place].state, key)
+            value = _checked_value(f"values[{name!r}]", value, key, shape, dtype)
+        wanted[place][key] = value
     order = iter(wanted)
 
     def change(place: Place, write: Write) -> Any:

@@ -30,7 +30,7 @@ class ScaleByLearningRateState(NamedTuple):
     count: jax.Array  # (), int32
     hyperparams: _dials.Record  # learning_rate, learning_rate/<label>
     holds: _dials.Holds
-    cooldown: _dials.Cooldown
+    ending: _dials.Cooldown
     facts: dict[str, jax.Array]  # cooldown: (), float32
     skeleton: Any  # with groups, the containers of the parameters; () for each leaf
 
@@ -158,7 +158,7 @@ def scale_by_learning_rate(
         del params
         _trees.check_skeleton(updates, state.skeleton)
         groups = groups_of(updates)
-        names, count, cooldown = _names(groups.names), state.count, state.cooldown
+        names, count, cooldown = _names(groups.names), state.count, state.ending
         elapsed = jnp.clip(count - cooldown.start_step, 0, cooldown.cooldown_steps)
         cools = elapsed > 0
         factors = groups.factors_at(
