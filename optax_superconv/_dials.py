@@ -26,6 +26,7 @@ class Cooldown(NamedTuple):
     """The cooldown of a rate, and of the rates of its groups."""
 
     pending: jax.Array  # (), int32; the length of one that starts at the next update
+    lifts: jax.Array  # (dials,), bool; what was held when that was decided
     start_step: jax.Array  # (), int32
     cooldown_steps: jax.Array  # (), int32; 0 before the first
     origin: jax.Array  # (dials,), float32; the rates at the start

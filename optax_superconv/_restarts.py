@@ -159,8 +159,18 @@ def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
             "(lengths)`)",
             f"an array of shape {length.shape}",
         )
-        later = write(cooldown.pending, jnp.where(length > 0, length, pending))
-        return place.state._replace(ending=cooldown._replace(pending=later))
+        holds = _dials.Holds(*map(_trees.array_of, place.state.holds))
+        written = _dials.bits(_settings.found_in(place.state)) != holds.written
+        lifts = jnp.where(
+            (length > 0)[..., None],
+            holds.held | written,
+            _trees.array_of(cooldown.lifts),
+        )
+        later = cooldown._replace(
+            pending=write(cooldown.pending, jnp.where(length > 0, length, pending)),
+            lifts=write(cooldown.lifts, lifts),
+        )
+        return place.state._replace(ending=later)
 
     new_state = _settings.changed(opt_state, change)
     _checks.require(

@@ -70,10 +70,6 @@ def _form(state: Any, key: str) -> tuple[tuple[int, ...], Any]:
     return _trees.array_of(state.holds.held).shape[:-1], jnp.float32
 
 
-def _float32(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.float32)
-
-
 def _checked_value(
     name: str, value: Any, key: str, shape: tuple[int, ...], dtype: Any
 ) -> jax.Array:
@@ -96,18 +92,32 @@ def held(place: Place, values: Values, write: Write) -> Any:
     state, names = place.state, _dials.in_order(_dials.dials_of(place.state))
     at = np.array([names.index(key) for key in values])
     written, flags, old = map(_trees.array_of, state.holds)
-    record = _dials.dials_of(state)
-    # In float32 whatever has been written there.
-    found = jnp.stack([_float32(_trees.array_of(record[key])) for key in values], -1)
-    given = [found[..., k] if x is None else x for k, x in enumerate(values.values())]
+    found = found_in(state)
+    given = [
+        found[..., k] if x is None else x
+        for k, x in zip(at, values.values(), strict=True)
+    ]
     are_held = np.array([value is not None for value in values.values()])
     holds = _dials.Holds(
         # What has been written into the record before is not looked at again.
-        written=write(state.holds.written, written.at[..., at].set(_dials.bits(found))),
-        held=write(state.holds.held, flags.at[..., at].set(are_held)),
-        values=write(state.holds.values, old.at[..., at].set(jnp.stack(given, -1))),
+        written.at[..., at].set(_dials.bits(found[..., at])),
+        flags.at[..., at].set(are_held),
+        old.at[..., at].set(jnp.stack(given, -1)),
     )
-    return state._replace(holds=holds)
+    state = state._replace(holds=_dials.Holds(*map(write, state.holds, holds)))
+    if hasattr(state, "ending"):  # What is set now outranks what was decided before.
+        lifts = _trees.array_of(state.ending.lifts).at[..., at].set(False)
+        ending = state.ending._replace(lifts=write(state.ending.lifts, lifts))
+        state = state._replace(ending=ending)
+    return state
+
+
+def found_in(state: Any) -> jax.Array:
+    """The record as one vector, in float32 whatever has been written there."""
+    record = _dials.dials_of(state)
+    names = _dials.in_order(record)
+    arrays = [_trees.array_of(record[name]).astype(jnp.float32) for name in names]
+    return jnp.stack(arrays, -1)
 
 
 def _injected(
