@@ -56,7 +56,12 @@ def bits(values: jax.Array) -> jax.Array:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names as a vector has them: a dict forgets how it was made, and 10 is after 2."""
-    return sorted(names, key=lambda name: (len(name), name))
+
+    def key(name: str) -> tuple[str, int, str]:
+        kind, _, label = name.partition("/")
+        return kind, len(label) if label.isdigit() else 0, label
+
+    return sorted(names, key=key)
 
 
 def stacked(values: Sequence[Any]) -> jax.Array:

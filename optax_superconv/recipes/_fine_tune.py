@@ -31,7 +31,7 @@ def fine_tune_adamw(
     warmup_steps: int | None = None,
     init_learning_rate: ArrayLike | None = None,
     end_learning_rate: ArrayLike = 0.0,
-    annihilation_steps: int = 0,
+    annihilation_steps: int | None = None,
     shape: Shape = "cosine",
     max_momentum: ArrayLike = 0.95,
     base_momentum: ArrayLike = 0.85,
@@ -72,7 +72,7 @@ def fine_tune_adamw(
         ``peak_learning_rate / 25``.
       end_learning_rate: Rate from step ``total_steps`` on; see :func:`onecycle`.
       annihilation_steps: Steps of the final fall, of those after the thaw; see
-        :func:`onecycle`.
+        :func:`onecycle`. None is 0.
       shape: Shape of every phase; see :func:`onecycle_schedule`.
       max_momentum: b1 at the start, the thaw and the end, in [0, 1).
       base_momentum: b1 at the peaks of the rate, in [0, 1) and at most
