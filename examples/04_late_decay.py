@@ -1,7 +1,7 @@
 """Stay at a large rate, decay when it is time, and branch a longer run off it.
 
 A network with batch norms learns noisy digits at a constant rate. A watcher looks at
-the validation loss and presses the trigger when it has stopped falling: the rate decays
+the validation loss and starts the cooldown when it has stopped falling: the rate decays
 over a quarter of the steps so far. The state of the stable phase has been kept by
 Orbax; from there the run goes on, twice as long, and decays then. Beside the last
 weights, their running average is evaluated, with batch statistics of its own and with
@@ -33,9 +33,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 RATE, EVERY = 0.2, 50  # The watcher looks every 50 steps.
-TX = osc.late_decay_sgd(
-    RATE, None, warmup_steps=50, weight_decay=1e-3, average=osc.ema_params(0.99)
-)
+WARMUP = osc.phase_schedule(0.0, [osc.Phase(50, RATE)])
+TX = optax.chain(osc.sgd(WARMUP, weight_decay=1e-3), osc.ema_params(0.99))
 
 
 class MLP(nnx.Module):
@@ -138,7 +137,7 @@ class Run:
         return Run(state, self.step, self.seed, self.data)
 
     def decayed(self, num_steps):
-        """A branch on which the trigger is pressed now."""
+        """A branch on which the cooldown starts now."""
         *rest, opt_state = self.state
         run = self.resumed((*rest, osc.start_cooldown(opt_state, num_steps)))
         run.train(num_steps + 1)  # The last at the end value.
