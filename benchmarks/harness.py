@@ -18,6 +18,7 @@ import os
 import pathlib
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -40,7 +41,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 # --- what is run ----------------------------------------------------------------------
 
 
-def parse_args(claim: str | None, *, takes_data: bool = False) -> argparse.Namespace:
+def parse_args(
+    claim: str | None, *, takes_data: bool = False, tables: Sequence[str] = ()
+) -> argparse.Namespace:
     """The arguments of every benchmark, whose docstring is the description.
 
     Adds ``command``, which goes into the evidence, and ``parts``, the folder for what
@@ -56,6 +59,9 @@ def parse_args(claim: str | None, *, takes_data: bool = False) -> argparse.Names
     if takes_data:
         what = "CIFAR-10: an .npz of JPEGs or the archive"
         parser.add_argument("--data", type=pathlib.Path, help=what)
+    if tables:
+        options: Any = {"nargs": "+", "choices": tables, "default": tables}
+        parser.add_argument("--only", **options, help="these tables (all)")
     args = parser.parse_args()
     with_data = takes_data and args.data is not None
     kind = "smoke" if args.smoke else "cifar10" if with_data else "full"
@@ -145,12 +151,14 @@ def source_hash() -> str:
 
 def environment() -> dict[str, Any]:
     """What a figure depends on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    commit = ""
+    if shutil.which("git"):  # Not on every machine that has a GPU.
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit or "unknown",
@@ -279,6 +287,7 @@ COLUMNS += ["device", "commit", "command"]
 def report(args, name, title, rows, evidence, *claim: str) -> None:
     """Prints the rows as a table, and stores them with evidence and environment.
 
+    The file of another backend than the CPU is named after it: ``<name>_gpu.json``.
     ``claim`` is a row of ``benchmarks/README.md`` up to its device: question, arms,
     steps, mean ± std (n), cost.
     """
@@ -300,6 +309,8 @@ def report(args, name, title, rows, evidence, *claim: str) -> None:
         "evidence": to_json(evidence),
     }
     args.out.mkdir(parents=True, exist_ok=True)
+    backend = jax.default_backend()
+    name += f"_{backend}" * (backend != "cpu")
     path = args.out / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"evidence: {os.path.relpath(path)}")

@@ -18,7 +18,7 @@ where the network has come to lean on one feature and a loss in the others.
 About four minutes on two cores; what an interruption leaves is not run again. The five
 rates that are compared and the seeds were fixed before the run; differences are paired
 within a seed, which has its own data, start and order of batches. The other rates, from
-fewer seeds, are for the picture. The optimizer is ``late_decay_sgd`` without momentum,
+fewer seeds, are for the picture. The optimizer is ``sgd`` without momentum,
 then a projection of all weights to the unit sphere, then averages. The threshold is
 that of ``convergence_threshold`` with the same 40,000 steps and the authors' target, a
 training loss of 0.01.
@@ -176,7 +176,7 @@ def make_tx(rate, *averages) -> optax.GradientTransformation:
         after = to_sphere(optax.apply_updates(params, updates))
         return jax.tree.map(jnp.subtract, after, params)
 
-    sgd = osc.late_decay_sgd(rate, None, momentum=0.0, nesterov=False)
+    sgd = osc.sgd(rate, 0.0, nesterov=False)
     return optax.chain(sgd, optax.stateless(project), *averages)
 
 

@@ -3,7 +3,7 @@
 Hägele et al. (2024) and MiniCPM (Hu et al., 2024) say so: a cooldown over the last 20 %
 of the steps gives what a cosine that was tuned for this length gives, so that one run,
 tuned once, serves all lengths. Here on a ResNet-9 and CIFAR-10 (16x16 pixels): per seed
-one open-ended ``late_decay_sgd`` to the longest length, off whose stored states
+one open-ended run of ``sgd`` to the longest length, off whose stored states
 ``start_cooldown`` forks cooldowns of 5, 10, 20 and 50 % of each of three lengths,
 against a cosine to zero and ``onecycle_sgd``, each of which is run anew per length. All
 have the same weight decay and the same batches per seed, augmented, and but for the one
@@ -102,22 +102,21 @@ def averages(setup: Setup) -> optax.GradientTransformation:
 def make_tx(setup: Setup, schedule: str, num_steps: int, rate) -> Any:
     """SGD with Nesterov momentum, whose rate is constant, a cosine, or one cycle."""
     if schedule == "one-cycle":
-        one_cycle = osc.onecycle_sgd(rate, num_steps, weight_decay=WEIGHT_DECAY)
-        return optax.chain(one_cycle, averages(setup))
-    sgd = functools.partial(
-        osc.late_decay_sgd,
-        rate,
-        warmup_steps=setup.warmup_steps,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=WEIGHT_DECAY,
-        average=averages(setup),
-    )
+        sgd = osc.onecycle_sgd(rate, num_steps, weight_decay=WEIGHT_DECAY)
+        return optax.chain(sgd, averages(setup))
+    warmup_steps = setup.warmup_steps
     if schedule == "constant":
-        return sgd(None)
-    # A cosine is a decay that begins at once.
-    decay_steps = num_steps - setup.warmup_steps
-    return sgd(num_steps, decay_steps=decay_steps, shape="cosine")
+        learning_rate = osc.phase_schedule(0.0, [osc.Phase(warmup_steps, rate)])
+    else:  # A cosine is a decay that begins at once.
+        learning_rate = osc.warmup_stable_decay_schedule(
+            rate,
+            num_steps,
+            warmup_steps=warmup_steps,
+            decay_steps=num_steps - warmup_steps,
+            shape="cosine",
+        )
+    sgd = osc.sgd(learning_rate, weight_decay=WEIGHT_DECAY)
+    return optax.chain(sgd, averages(setup))
 
 
 # --- training -------------------------------------------------------------------------

@@ -1,19 +1,23 @@
 """The dials are free, and so are rates per group: they cost what ``optax.adamw`` costs.
 
 On a tree of 576 leaves, 48 blocks of 12, a step takes at most 1.10 times that of
-``optax.adamw``, and the state is at most 4 KiB larger:
+``optax.adamw``, to trace and to compile at most 1.5 times, and the state is at most
+4 KiB larger:
 
-- of ``onecycle_adamw``, and of ``late_decay_adamw`` with its trigger;
+- of ``adamw``, also while a rate is held, and of ``onecycle_adamw``;
   ``inject_hyperparams`` with the same schedules is there for comparison. An average is
   not free: it reads and writes a copy of the parameters.
-- of Adam with weight decay and ``scale_by_group`` for 48 groups, of ``onecycle_adamw``
-  with it, and of ``fine_tune_adamw``. These take at most 1.5 times as long to trace and
-  compile, too, which the last one misses. From 1 to 200 groups this hardly grows;
-  ``optax.partition`` of an optimizer per group is there for comparison.
+- of both with ``multipliers`` for 48 groups, of Optax's Adam with ``scale_by_group``
+  before Optax's rate, and of ``fine_tune_adamw`` with frozen steps. From 1 to 200
+  groups this hardly grows; ``optax.partition`` of an optimizer per group is there for
+  comparison.
 
-A range test of 100 steps takes at most 1.05 times the same 100 jitted steps run bare.
+``gradual_unfreezing`` has a state per label and is not free: 2, 4 and 12 labels are
+compared with one. To read or to set a dial between two steps takes milliseconds of the
+host and waits for no step. A range test of 100 steps takes at most 1.05 times the same
+100 jitted steps run bare.
 
-    python benchmarks/overhead.py [--smoke] [--out FOLDER]
+    python benchmarks/overhead.py [--smoke] [--only TABLE ...] [--out FOLDER]
 
 All arms of a table are interleaved in one process, in random order, but for
 ``partition``, which has fewer rounds, with an ``optax.adamw`` of its own; a ratio is
@@ -23,6 +27,7 @@ another shows how far from 1 noise alone takes a ratio.
 
 import functools
 import itertools
+import re
 import statistics
 from typing import Any, NamedTuple
 
@@ -34,7 +39,7 @@ import optax
 
 import optax_superconv as osc
 
-BASE = "optax.adamw"
+BASE, AGAIN = "optax.adamw", "optax.adamw again"
 TOTAL_STEPS, FREEZE_STEPS = 1000, 100
 PEAK = 1e-3
 multipliers_of = functools.partial(osc.layerwise_multipliers, decay=0.9)
@@ -85,7 +90,7 @@ def grouped_adamw(labels) -> Any:
         optax.scale_by_adam(b2=0.99),
         optax.add_decayed_weights(1e-2, matrices_only),
         osc.scale_by_group(multipliers_of, labels),
-        osc.scale_by_learning_rate(PEAK),
+        optax.scale_by_learning_rate(PEAK),
     )
 
 
@@ -95,13 +100,40 @@ def partitioned_adamw(labels) -> Any:
     return optax.partition(each, labels)
 
 
+def unfreezing_adamw(labels) -> Any:
+    """A group joins every so many steps, the last one first."""
+    *others, head = sorted(set(jax.tree.leaves(labels)))
+    thaws = {k: (head - k) * FREEZE_STEPS for k in (*others, head)}
+    moments = osc.scale_by_scheduled_adam(0.9, 0.99)
+    inner = optax.chain(moments, osc.add_decayed_weights(1e-2))
+    return optax.chain(
+        osc.gradual_unfreezing(inner, thaws, labels), osc.scale_by_learning_rate(PEAK)
+    )
+
+
+def with_held_rate(tx) -> Any:
+    def init_fn(params) -> Any:
+        return osc.set_hyperparams(tx.init(params), {"learning_rate": PEAK / 2})
+
+    return tx._replace(init=init_fn)
+
+
+def in_groups(params, num_groups) -> Any:
+    """Labels of as many groups, of neighbouring blocks."""
+    depths = osc.label_by_depth()(params)
+    num_blocks = 1 + max(jax.tree.leaves(depths))
+    return jax.tree.map(lambda depth: depth * num_groups // num_blocks, depths)
+
+
 def dials() -> dict[str, Any]:
-    late_decay = functools.partial(osc.late_decay_adamw, PEAK, None)
-    ema, lawa = osc.ema_params(0.999), osc.lawa_params(3, every=10)
     injected = optax.inject_hyperparams(optax.adamw, static_args=("mask",))
+    ours = osc.adamw(PEAK)
     return {
         BASE: adamw(),
-        "optax.adamw again": adamw(),
+        AGAIN: adamw(),
+        "adamw": ours,
+        "adamw, rate held": with_held_rate(ours),
+        "onecycle_adamw": osc.onecycle_adamw(PEAK, TOTAL_STEPS),
         "inject_hyperparams(optax.adamw)": injected(
             osc.onecycle_schedule(PEAK, TOTAL_STEPS),
             b1=osc.onecycle_momentum_schedule(TOTAL_STEPS),
@@ -109,47 +141,49 @@ def dials() -> dict[str, Any]:
             weight_decay=1e-2,
             mask=matrices_only,
         ),
-        "onecycle_adamw": osc.onecycle_adamw(PEAK, TOTAL_STEPS),
-        "late_decay_adamw": late_decay(),
-        "late_decay_adamw with EMA": late_decay(average=ema),
-        "late_decay_adamw with LAWA of 3": late_decay(average=lawa),
+        "adamw with EMA": optax.chain(ours, osc.ema_params(0.999)),
+        "adamw with LAWA of 3": optax.chain(ours, osc.lawa_params(3, every=10)),
     }
 
 
 def groups(labels) -> dict[str, Any]:
-    one_cycle = osc.onecycle_adamw(PEAK, TOTAL_STEPS)
+    of: Any = {"multipliers": multipliers_of, "param_labels": labels}
+    freezing: Any = {"decay": 0.9, "freeze_steps": FREEZE_STEPS}
     return {
         BASE: adamw(),
-        "optax.adamw again": adamw(),
-        "optax.adamw with scale_by_group": grouped_adamw(labels),
-        "fine_tune_adamw": osc.fine_tune_adamw(
-            PEAK, TOTAL_STEPS, labels, decay=0.9, freeze_steps=FREEZE_STEPS
-        ),
-        "onecycle_adamw with scale_by_group": optax.chain(
-            one_cycle, osc.scale_by_group(multipliers_of, labels)
-        ),
+        AGAIN: adamw(),
+        "onecycle_adamw": osc.onecycle_adamw(PEAK, TOTAL_STEPS, **of),
+        "adamw": osc.adamw(PEAK, **of),
+        "scale_by_group before Optax's rate": grouped_adamw(labels),
+        "fine_tune_adamw": osc.fine_tune_adamw(PEAK, TOTAL_STEPS, labels, **freezing),
     }
 
 
 # --- what is timed --------------------------------------------------------------------
 
 
-def update_arm(tx, params, steps) -> Any:
-    """Runs ``steps`` jitted updates on from where it stopped, all buffers donated."""
-    grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
+def jitted_step(tx) -> Any:
+    """An update of the parameters, all buffers donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(carry, grads) -> Any:
+    def step(carry, grads) -> Any:
         params, state = carry
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    return step
+
+
+def update_arm(tx, params, steps) -> Any:
+    """Runs ``steps`` jitted updates on from where it stopped."""
+    grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
+    step = jitted_step(tx)
     carry = jax.tree.map(jnp.copy, params), tx.init(params)
 
     def run() -> Any:
         nonlocal carry
         for _ in range(steps):
-            carry = update(carry, grads)
+            carry = step(carry, grads)
         return carry
 
     return run
@@ -164,6 +198,31 @@ def compile_arm(tx, params) -> Any:
         jax.jit(tx.update).lower(params, state, params).compile()
 
     return run
+
+
+def kernels_of(tx, params) -> int:
+    """How many kernels a step launches."""
+    carry = jax.eval_shape(lambda params: (params, tx.init(params)), params)
+    return kernels_in(jitted_step(tx).lower(carry, params).compile().as_text())
+
+
+def kernels_in(program: str) -> int:
+    """Fusions, custom calls and copies: on a GPU nothing else is left to launch."""
+    return len(re.findall(r" = .*? (?:fusion|custom-call|copy)\(", program))
+
+
+def call_arms(state, calls) -> dict[str, Any]:
+    """What a log line and a decision take between two steps."""
+
+    def repeated(function, *args) -> Any:
+        return lambda: [function(state, *args) for _ in range(calls)]
+
+    return {
+        "read_hyperparams": repeated(osc.read_hyperparams),
+        "set_hyperparams": repeated(osc.set_hyperparams, {"learning_rate": PEAK / 2}),
+        "start_cooldown": repeated(osc.start_cooldown, 100),
+        "restart_schedules": repeated(osc.restart_schedules),
+    }
 
 
 def state_bytes(tx, params) -> int:
@@ -242,9 +301,9 @@ def measure(optimizers, params, budget) -> dict[str, dict[str, Any]]:
 # --- what comes out -------------------------------------------------------------------
 
 
-def report_arms(args, name, title, found, budget, question, told, base=BASE) -> None:
+def report_arms(args, name, title, found, budget, question, told=(), base=BASE) -> None:
     """``told``: the arms that the claim names, over the base. The first one's cost."""
-    told = [arm for arm in told if arm in found]
+    told = told or [arm for arm in found if arm not in (BASE, AGAIN)]
     over = 1.0 if base == BASE else found[base]["step ratios"]
     ratios = [found[arm]["step ratios"] / over for arm in told]
     rows = [
@@ -269,6 +328,48 @@ def report_arms(args, name, title, found, budget, question, told, base=BASE) -> 
         f"{budget.steps} x {budget.rounds}",
         harness.mean_and_std(*ratios) + " of a step",
         f"{found[told[0]]['extra bytes']:+d} bytes of state",
+    )
+
+
+def report_kernels(args, optimizers, params, title) -> None:
+    counts = {arm: kernels_of(tx, params) for arm, tx in optimizers.items()}
+    harness.report(
+        args,
+        "overhead_kernels",
+        f"Kernels of a step: {title}; on a CPU, fusions",
+        [{"arm": arm, "kernels": count} for arm, count in counts.items()],
+        {"kernels": counts},
+        "How many kernels has a step?",
+        ", ".join(counts),
+        "1",
+        ", ".join(map(str, counts.values())),
+        f"{max(counts.values()) - counts[BASE]:+d} kernels at most",
+    )
+
+
+def report_calls(args, optimizers, params, title, calls, rounds) -> None:
+    arms = {
+        f"{call}, {name}": arm
+        for name, tx in optimizers.items()
+        for call, arm in call_arms(tx.init(params), calls).items()
+    }
+    seconds = harness.interleave(arms, rounds)
+    times = {arm: 1e3 * np.array(seconds[arm]) / calls for arm in arms}
+    told = [arm for arm in arms if arm.startswith(("read", "set"))]
+    harness.report(
+        args,
+        "overhead_calls",
+        f"Between two steps: {title}, {rounds} rounds of {calls} calls",
+        [
+            {"arm": arm, "call (ms)": harness.median_and_quartiles(times[arm])}
+            for arm in arms
+        ],
+        {"milliseconds": times},
+        "What does it take to read and to set a dial?",
+        "; ".join(told),
+        f"{calls} x {rounds}",
+        harness.mean_and_std(*(times[arm] for arm in told)) + " ms",
+        "none to a step",
     )
 
 
@@ -297,73 +398,89 @@ def report_range_test(args, num_steps, rounds) -> None:
     )
 
 
+TABLES = ("kernels", "calls", "step", "groups", "unfreezing", "growth", "range_test")
+
+
 def main() -> None:
-    args = harness.parse_args(__doc__)
-    blocks, width, counts, num_steps = 48, 64, (1, 8, 48, 200), 100
-    budget, slow = Budget(10, 100, 5), Budget(10, 10, 3)
-    of_growth, slow_growth = Budget(10, 50, 3), Budget(2, 5, 1)
+    args = harness.parse_args(__doc__, tables=TABLES)
+    blocks, width, rounds, num_steps = 48, 64, 50, 100
+    counts, label_counts = (1, 8, 48, 200), (1, 2, 4, 12)
+    # What compiles kernels for an accelerator takes longer.
+    compiles = 5 if jax.default_backend() == "cpu" else 1
+    budget, slow = Budget(10, 2 * rounds, compiles), Budget(10, 10, min(compiles, 3))
+    of_growth, slow_growth = Budget(10, rounds, min(compiles, 3)), Budget(2, 5, 1)
     params = make_params(blocks, width)
-    of_dials, of_groups = dials(), groups(osc.label_by_depth())
     if args.smoke:
-        blocks, width, counts, num_steps = 1, 8, (1,), 5
+        blocks, width, rounds, num_steps = 2, 8, 2, 5
+        counts, label_counts = (1,), (2,)
         budget = slow = of_growth = slow_growth = Budget(2, 2, 1)
         params = mlps_of(make_params(blocks, width))
-        # Less to compile.
-        of_dials = {arm: of_dials[arm] for arm in [*of_dials][::3]}
-        of_groups = {arm: of_groups[arm] for arm in [*of_groups][::3]}
     leaves = f"{len(jax.tree.leaves(params))} leaves of width {width}"
-
-    report_arms(
-        args,
-        "overhead_step",
-        f"The dials against optax.adamw: {leaves}",
-        measure(of_dials, params, budget),
-        budget,
-        "Do the dials cost anything?",
-        [
-            "onecycle_adamw",
-            "late_decay_adamw",
-            "late_decay_adamw with EMA",
-            "inject_hyperparams(optax.adamw)",
-        ],
-    )
-
-    found = measure(of_groups, params, budget)
-    per_group = {
-        "partition(optax.adamw)": partitioned_adamw(osc.label_by_depth()(params))
+    labels = osc.label_by_depth()(params)
+    of_dials, of_groups = dials(), groups(labels)
+    if args.smoke:  # Less to compile.
+        of_dials = {arm: of_dials[arm] for arm in (BASE, "adamw, rate held")}
+        of_groups = {arm: of_groups[arm] for arm in (BASE, "fine_tune_adamw")}
+    in_all = of_dials | {
+        f"{arm}, {blocks} groups": tx
+        for arm, tx in of_groups.items()
+        if arm not in (BASE, AGAIN)
     }
-    theirs = measure({BASE: adamw()} | per_group, params, slow)
-    report_arms(
-        args,
-        "groups_step",
-        f"{blocks} groups against optax.adamw: {leaves}; limits: 1.10 for a step, 1.5 "
-        f"for trace + compile; {slow.rounds} rounds of partition",
-        theirs | found,
-        budget,
-        f"What do {blocks} groups cost?",
-        ["fine_tune_adamw", "optax.adamw with scale_by_group", *per_group],
-    )
 
-    params = mlps_of(make_params(max(counts), width))
-    depths = osc.label_by_depth()(params)
-    deepest = 1 + max(jax.tree.leaves(depths))
-    ours, theirs = {BASE: adamw(), "optax.adamw again": adamw()}, {BASE: adamw()}
-    for n in counts:
-        labels = jax.tree.map(lambda depth, n=n: depth * n // deepest, depths)
-        ours[f"scale_by_group, {n}"] = grouped_adamw(labels)
-        theirs[f"partition, {n}"] = partitioned_adamw(labels)
-    theirs = measure(theirs, params, slow_growth)
-    report_arms(
-        args,
-        "groups_growth",
-        f"Growth with the groups: {len(jax.tree.leaves(params))} leaves",
-        theirs | measure(ours, params, of_growth),
-        of_growth,
-        f"Does the cost grow from 1 to {counts[-1]} groups?",
-        [f"scale_by_group, {counts[-1]}"],
-        base="scale_by_group, 1",
-    )
-    report_range_test(args, num_steps, max(2, budget.rounds // 2))
+    if "kernels" in args.only:
+        report_kernels(args, in_all, params, leaves)
+    if "calls" in args.only:
+        ours = {"adamw": osc.adamw(PEAK), f"{blocks} groups": groups(labels)["adamw"]}
+        report_calls(args, ours, params, leaves, budget.steps, rounds)
+    if "step" in args.only:
+        title = f"The dials against optax.adamw: {leaves}"
+        found = measure(of_dials, params, budget)
+        question = "Do the dials cost anything?"
+        report_arms(args, "overhead_step", title, found, budget, question)
+    if "groups" in args.only:
+        per_group = {"partition(optax.adamw)": partitioned_adamw(labels)}
+        theirs = measure({BASE: adamw()} | per_group, params, slow)
+        found = measure(of_groups, params, budget)
+        report_arms(
+            args,
+            "groups_step",
+            f"{blocks} groups against optax.adamw: {leaves}; limits: 1.10 for a step, "
+            f"1.5 for trace + compile; {slow.rounds} rounds of partition",
+            found | theirs | found,
+            budget,
+            f"What do {blocks} groups cost?",
+        )
+    if "unfreezing" in args.only:
+        by_count = {
+            f"gradual_unfreezing, {n}": unfreezing_adamw(in_groups(params, n))
+            for n in label_counts
+        }
+        one, *more = by_count
+        title = f"A state for each label that thaws: {leaves}"
+        found = measure(by_count, params, of_growth)
+        question = "What does it cost to thaw group after group?"
+        name = "groups_unfreezing"
+        report_arms(args, name, title, found, of_growth, question, more, one)
+    if "growth" in args.only:
+        params = mlps_of(make_params(max(counts), width))
+        ours, theirs = {BASE: adamw(), AGAIN: adamw()}, {BASE: adamw()}
+        for n in counts:
+            labels = in_groups(params, n)
+            ours[f"adamw, {n}"] = groups(labels)["adamw"]
+            theirs[f"partition, {n}"] = partitioned_adamw(labels)
+        theirs = measure(theirs, params, slow_growth)
+        report_arms(
+            args,
+            "groups_growth",
+            f"Growth with the groups: {len(jax.tree.leaves(params))} leaves",
+            theirs | measure(ours, params, of_growth),
+            of_growth,
+            f"Does the cost grow from 1 to {counts[-1]} groups?",
+            [f"adamw, {counts[-1]}"],
+            base=f"adamw, {counts[0]}",
+        )
+    if "range_test" in args.only:
+        report_range_test(args, num_steps, rounds)
 
 
 if __name__ == "__main__":

@@ -100,9 +100,7 @@ def make_tx(arm: Arm, groups, num_groups, num_steps, rate) -> Any:
         momentum = (lambda count: run(count + step)) if callable(run) else run
         return optax.chain(
             osc.scale_by_scheduled_adam(momentum, B2),
-            optax.add_decayed_weights(
-                WEIGHT_DECAY, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-            ),
+            osc.add_decayed_weights(WEIGHT_DECAY),
         )
 
     head, optimizer = num_groups - 1, adamw_from(0)
@@ -112,13 +110,11 @@ def make_tx(arm: Arm, groups, num_groups, num_steps, rate) -> Any:
     elif arm.unfreezing == "never":
         never: dict[int, int | None] = dict.fromkeys(range(head))
         optimizer = osc.gradual_unfreezing(optimizer, never | {head: 0}, groups)
-    return optax.chain(
-        optimizer,
-        osc.scale_by_group(
-            functools.partial(osc.layerwise_multipliers, decay=arm.decay), groups
-        ),
-        osc.scale_by_learning_rate(learning_rate),
+    multipliers = functools.partial(osc.layerwise_multipliers, decay=arm.decay)
+    rate_link = osc.scale_by_learning_rate(
+        learning_rate, multipliers=multipliers, param_labels=groups
     )
+    return optax.chain(optimizer, rate_link)
 
 
 # --- data -----------------------------------------------------------------------------

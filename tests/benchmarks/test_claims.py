@@ -31,9 +31,12 @@ def lower_quartile(arms, rounds):
 
 
 @pytest.mark.timed
-def test_the_dials_cost_at_most_a_tenth():
-    params, dials = overhead.make_params(48, 64), overhead.dials()
-    pair = {name: dials[name] for name in ("onecycle_adamw", "optax.adamw")}
+@pytest.mark.parametrize("num_groups", [None, 48])
+def test_the_dials_cost_at_most_a_tenth(num_groups):
+    params, optimizers = overhead.make_params(48, 64), overhead.dials()
+    if num_groups:
+        optimizers = overhead.groups(overhead.in_groups(params, num_groups))
+    pair = {name: optimizers[name] for name in ("onecycle_adamw", "optax.adamw")}
     arms = {name: overhead.update_arm(tx, params, 10) for name, tx in pair.items()}
     assert lower_quartile(arms, 100) <= 1.10
     ours, plain = (overhead.state_bytes(tx, params) for tx in pair.values())

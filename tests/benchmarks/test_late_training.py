@@ -89,13 +89,10 @@ def test_a_branch_is_the_run_that_had_its_cooldown_from_the_start(setup, constan
     (branch,) = branches_of(setup, constant, {"": (16, 4)}).values()
 
     def make_tx(rate):
-        return osc.late_decay_sgd(
-            rate,
-            LENGTH,
-            warmup_steps=setup.warmup_steps,
-            decay_steps=4,
-            weight_decay=5e-4,
+        schedule = osc.warmup_stable_decay_schedule(
+            rate, LENGTH, warmup_steps=setup.warmup_steps, decay_steps=4
         )
+        return osc.sgd(schedule, weight_decay=5e-4)
 
     scheduled = tasks.Training(setup.task, make_tx)
     state = scheduled.start(SEED)
