@@ -70,20 +70,37 @@ def stacked(values: Sequence[Any]) -> jax.Array:
     return jnp.stack(numbers) if numbers else jnp.zeros(0, jnp.float32)
 
 
+def elements(values: jax.Array, count: jax.Array) -> list[jax.Array]:
+    """The elements of a vector, each computed once and by the same kernel.
+
+    XLA would compute them anew in the kernels of all leaves, which costs time to
+    compile. It does not repeat a division, and as it cannot know that no count is
+    negative, it knows neither that this one is by 1 nor which element is taken.
+    """
+    zero = count.astype(jnp.uint32) >> 31
+    one = 1 + zero.astype(values.dtype)
+
+    def at(vector: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(vector, (index,), (1,)).reshape(())
+
+    places = [at(np.array([k, k + 1], np.uint32), zero) for k in range(len(values))]
+    return [at(values, place) / one for place in places]
+
+
 def written(
-    names: Sequence[str], elements: Iterable[jax.Array], values: jax.Array, holds: Holds
+    names: Sequence[str], values: Sequence[jax.Array], holds: Holds
 ) -> tuple[Record, Holds]:
-    """A new record of the elements of a vector, and what it is compared with later."""
+    """A new record, and what it is compared with later."""
     # As bits, so that it is no second name for the same buffer: donation needs that.
-    record = dict(zip(names, elements, strict=True))
-    return record, holds._replace(written=bits(values))
+    record = dict(zip(names, values, strict=True))
+    return record, holds._replace(written=bits(stacked(values)))
 
 
 def opened(names: Sequence[str], values: jax.Array) -> tuple[Record, Holds]:
     """The record before the first update, and nothing held."""
     idle = jnp.zeros(len(names), bool)
     holds = Holds(idle, idle, jnp.zeros_like(values))
-    return written(names, values, values, holds)
+    return written(names, [*values], holds)
 
 
 def noticed(
@@ -121,13 +138,13 @@ def applied(
     count: jax.Array,
     record: Mapping[str, Any],
     holds: Holds,
-) -> tuple[jax.Array, Record, Holds]:
+) -> tuple[list[jax.Array], Record, Holds]:
     """The values to apply at ``count``, in order of their names, and their record."""
     names = in_order(given)
     base = stacked([value_at(given[name], count) for name in names])
     holds = noticed(names, record, holds, base, [given[name] for name in names])
-    values = jnp.where(holds.held, holds.values, base)
-    return values, *written(names, values, values, holds)
+    values = elements(jnp.where(holds.held, holds.values, base), count)
+    return values, *written(names, values, holds)
 
 
 def first(

@@ -128,8 +128,8 @@ def scale_by_group(
             names, state.dials, state.holds, base, groups.multipliers
         )
         factors = jnp.where(holds.held, holds.values, base)
-        of_group = elements(factors, count)
-        dials, holds = _dials.written(names, of_group, factors, holds)
+        of_group = _dials.elements(factors, count)
+        dials, holds = _dials.written(names, of_group, holds)
         return scale_groups(of_group, groups, updates), ScaleByGroupState(
             increment(count), dials, holds, state.skeleton
         )
@@ -166,24 +166,6 @@ def grouped(
         )
 
     return groups_of
-
-
-def elements(values: jax.Array, count: jax.Array) -> list[jax.Array]:
-    """The elements of a vector, which XLA does not tell apart when it compiles.
-
-    It builds what it can compute beforehand into its kernels, such as where an element
-    is. Of what it cannot, as that a count is not negative, the leaves of all groups
-    share kernels, and to compile many groups takes little longer than to compile one.
-    """
-    zero = count.astype(jnp.uint32) >> 31
-
-    def at(vector: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(vector, (index,), (1,)).reshape(())
-
-    return [
-        at(values, at(np.array([k, k + 1], np.uint32), zero))
-        for k in range(len(values))
-    ]
 
 
 def scale_groups(

@@ -20,7 +20,7 @@ from optax_superconv import _checks, _dials, _trees
 from optax_superconv._numerics import increment, scale
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.schedules._phases import Shape, check_positive, check_shape, move
-from optax_superconv.transforms._groups import elements, grouped, scale_groups
+from optax_superconv.transforms._groups import grouped, scale_groups
 from optax_superconv.transforms._link import link
 
 
@@ -200,8 +200,8 @@ def scale_by_learning_rate(
         steps = jnp.maximum(cooldown.cooldown_steps, 1).astype(jnp.float32)
         over = jnp.where(starts, 0, elapsed.astype(jnp.float32) / steps)
         holds = holds._replace(held=holds.held & ~(starts & cooldown.lifts))
-        of_group = elements(rates, count) if groups.names else [rates[0]]
-        hyperparams, holds = _dials.written(names, of_group, rates, holds)
+        of_group = _dials.elements(rates, count)
+        hyperparams, holds = _dials.written(names, of_group, holds)
         signed = [-rate for rate in of_group] if flip_sign else of_group
         if groups.names:
             scaled = scale_groups(signed[1:], groups, updates)
