@@ -52,7 +52,7 @@ def run_scalars(tx, steps):
 
 
 def moments(state):
-    """The Adam states inside, in the order of their thaws."""
+    """The Adam states inside, in the order of their labels."""
     leaves = jax.tree.leaves(
         state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
     )
@@ -156,8 +156,8 @@ def test_the_first_update_is_at_the_count_of_the_thaw_step():
 def test_each_group_trains_as_alone_from_its_thaw_on(x64):
     """Parameters and moments, those of AdamW begun at the thaw, and its count."""
     params, states = run(TX, dtype="float64")
-    in_order = sorted(THAWS.items(), key=lambda item: item[1])
-    for (label, thaw), adam in zip(in_order, moments(at(states, -1)), strict=True):
+    adams = moments(at(states, -1))
+    for (label, thaw), adam in zip(THAWS.items(), adams, strict=True):
         name = NAMES[label]
         alone, alone_states = run(ADAMW, thaw=thaw, dtype="float64")
         (expected,) = moments(at(alone_states, 9 - thaw))
@@ -174,7 +174,7 @@ def test_each_group_trains_as_alone_from_its_thaw_on(x64):
 def test_a_frozen_state_is_the_one_of_init():
     _, states = run(TX)
     chex.assert_trees_all_equal(
-        moments(at(states, THAWS[0] - 1))[2], moments(TX.init(START))[2]
+        moments(at(states, THAWS[0] - 1))[0], moments(TX.init(START))[0]
     )
 
 
@@ -187,19 +187,18 @@ def test_schedules_inside_count_from_the_thaw():
     np.testing.assert_array_equal(never, 0)
 
 
-def test_groups_that_thaw_together_share_a_state():
+def test_groups_that_thaw_together_have_states_of_their_own():
+    """So each is clipped by its own norm."""
     inner = optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.9))
     tx = osc.gradual_unfreezing(inner, {0: 2, 1: 2, 2: 0}, by_path)
     zeros = jax.tree.map(np.zeros_like, START)
     params, _ = scan(tx, zeros, at(GRADS, slice(3)), read=nothing)
-    grads = at(GRADS, 2)
-    together = [
-        np.asarray(x, float) for name in ("body", "neck") for x in only(grads, name)
-    ]
-    norm = np.sqrt(sum((x**2).sum() for x in together))
-    got = [x[2] for name in ("body", "neck") for x in only(params, name)]
-    for update, g in zip(got, together, strict=True):
-        np.testing.assert_allclose(update, 0.1 / norm * g, rtol=1e-5)
+    for name in ("body", "neck"):
+        grads = [np.asarray(x, float) for x in only(at(GRADS, 2), name)]
+        norm = np.sqrt(sum((x**2).sum() for x in grads))
+        assert norm > 0.1
+        for update, g in zip(only(params, name), grads, strict=True):
+            np.testing.assert_allclose(update[2], 0.1 / norm * g, rtol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [LABELS, lambda params: LABELS])
@@ -617,7 +616,7 @@ def test_a_checkpoint_of_an_nnx_optimizer_continues_bit_for_bit(tmp_path):
     like = as_arrays(nnx.state(fresh))
     restored = orbax_round_trip(tmp_path, saved, like)
     nnx.update(fresh, restored)
-    assert frozen(fresh[1]) == {0}
+    assert frozen(fresh[1]) == {0, 1}
     for _ in range(3):
         nnx_step(net, optimizer)
         nnx_step(*fresh)
