@@ -141,8 +141,7 @@ def draw(results, tests, peak, total, path):
     left.axvline(peak, color="C3", label=f"chosen peak: {peak:.2g}")
     left.set_title("Range tests")
     left.legend()
-    rate = osc.onecycle_schedule(peak, total)
-    momentum = osc.onecycle_momentum_schedule(total)
+    rate, momentum = osc.onecycle(peak, total)
     dials = {"learning rate": rate, "momentum": momentum}
     osc.plotting.plot_schedule(dials, total, middle)
     middle.set_title("The dials")

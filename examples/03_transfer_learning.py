@@ -42,7 +42,7 @@ WIDTHS = (16, 32, 64)
 HEAD = len(WIDTHS)  # Its depth: the blocks are 0 to 2.
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # One b1 throughout, as a group would begin a cycle of its own when it thaws.
-ADAMW = {"max_b1": 0.9, "base_b1": 0.9, "weight_decay": 0.01, "weight_decay_mask": None}
+ADAMW = {"b1": 0.9, "b2": 0.99, "weight_decay": 0.01, "mask": None}
 LABEL = osc.label_by_depth()
 MULTIPLIERS = osc.layerwise_multipliers(range(HEAD + 1), decay=1 / 2.6)
 
@@ -122,7 +122,7 @@ def make_training(make_tx):
 
 
 def one_rate(peak, total):
-    return osc.onecycle_adamw(peak, total, **ADAMW)
+    return osc.adamw(osc.onecycle_schedule(peak, total), **ADAMW)
 
 
 def head_only(peak, total):
@@ -134,12 +134,12 @@ def head_only(peak, total):
 def group_by_group(peak, total):
     """ULMFiT: another group every tenth of the run, so that all train at the peak."""
     thaw_steps = {d: (HEAD - d) * total // 10 for d in range(HEAD + 1)}
-    decay = optax.add_decayed_weights(0.01)
+    decay = osc.add_decayed_weights(0.01, mask=None)
     adamw = optax.chain(osc.scale_by_scheduled_adam(b1=0.9, b2=0.99), decay)
+    rates = {"multipliers": MULTIPLIERS, "param_labels": LABEL}
     return optax.chain(
         osc.gradual_unfreezing(adamw, thaw_steps, LABEL),
-        osc.scale_by_group(MULTIPLIERS, LABEL),
-        osc.scale_by_learning_rate(osc.onecycle_schedule(peak, total)),
+        osc.scale_by_learning_rate(osc.onecycle_schedule(peak, total), **rates),
     )
 
 

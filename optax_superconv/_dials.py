@@ -26,6 +26,7 @@ class Cooldown(NamedTuple):
     """The cooldown of a rate, and of the rates of its groups."""
 
     pending: jax.Array  # (), int32; the length of one that starts at the next update
+    lifts: jax.Array  # (dials,), bool; what was held when that was decided
     start_step: jax.Array  # (), int32
     cooldown_steps: jax.Array  # (), int32; 0 before the first
     origin: jax.Array  # (dials,), float32; the rates at the start
@@ -55,7 +56,12 @@ def bits(values: jax.Array) -> jax.Array:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names as a vector has them: a dict forgets how it was made, and 10 is after 2."""
-    return sorted(names, key=lambda name: (len(name), name))
+
+    def key(name: str) -> tuple[str, int, str]:
+        kind, _, label = name.partition("/")
+        return kind, len(label) if label.isdigit() else 0, label
+
+    return sorted(names, key=key)
 
 
 def stacked(values: Sequence[Any]) -> jax.Array:

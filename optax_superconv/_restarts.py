@@ -76,9 +76,9 @@ def restart_schedules(opt_state: Any) -> Any:
             state = _settings.held(place, dict.fromkeys(dials), write)._replace(
                 count=state.count
             )
-        if hasattr(state, "cooldown"):
-            idle = (zero(leaf, write) for leaf in state.cooldown)
-            state = state._replace(cooldown=_dials.Cooldown(*idle))
+        if hasattr(state, "ending"):
+            idle = (zero(leaf, write) for leaf in state.ending)
+            state = state._replace(ending=_dials.Cooldown(*idle))
         return state
 
     new_state = _settings.changed(opt_state, change, _COUNTED)
@@ -147,7 +147,7 @@ def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
 
     def change(place: Place, write: _settings.Write) -> Any:
         nonlocal found
-        cooldown = getattr(place.state, "cooldown", None)
+        cooldown = getattr(place.state, "ending", None)
         if not isinstance(cooldown, _dials.Cooldown):
             return place.state
         found, pending = True, _trees.array_of(cooldown.pending)
@@ -159,8 +159,18 @@ def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
             "(lengths)`)",
             f"an array of shape {length.shape}",
         )
-        later = write(cooldown.pending, jnp.where(length > 0, length, pending))
-        return place.state._replace(cooldown=cooldown._replace(pending=later))
+        holds = _dials.Holds(*map(_trees.array_of, place.state.holds))
+        written = _dials.bits(_settings.found_in(place.state)) != holds.written
+        lifts = jnp.where(
+            (length > 0)[..., None],
+            holds.held | written,
+            _trees.array_of(cooldown.lifts),
+        )
+        later = cooldown._replace(
+            pending=write(cooldown.pending, jnp.where(length > 0, length, pending)),
+            lifts=write(cooldown.lifts, lifts),
+        )
+        return place.state._replace(ending=later)
 
     new_state = _settings.changed(opt_state, change)
     _checks.require(

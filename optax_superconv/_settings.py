@@ -47,7 +47,7 @@ def changed(
     def write(leaf: Any, value: jax.Array) -> Any:
         nonlocal rebuilt
         rebuilt = rebuilt or not _trees.is_variable(leaf)
-        return _trees.assigned(leaf, _trees.placed_as(value, _trees.array_of(leaf)))
+        return _trees.assigned(leaf, _trees.placed_as(value, leaf))
 
     def replaced(place: Place) -> Any:
         state = change(place, write)
@@ -62,19 +62,29 @@ def changed(
     return new_state if rebuilt else opt_state
 
 
-def _checked_value(name: str, value: Any, key: str, old: jax.Array) -> jax.Array:
+def _form(state: Any, key: str) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a value in a record."""
+    if isinstance(state, _dials.INJECTED):
+        old = _trees.array_of(state.hyperparams[key])
+        return old.shape, old.dtype
+    return _trees.array_of(state.holds.held).shape[:-1], jnp.float32
+
+
+def _checked_value(
+    name: str, value: Any, key: str, shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
     """The value as it will be applied, in the shape of the record."""
     rule = _RULES.get(key.partition("/")[0], _checks.FINITE)
     if _checks.number(name, value, rule) is not None:
         # Once more as it is applied: what is below 1 may be 1 in float32.
-        _checks.number(name, np.asarray(value).astype(old.dtype), rule)
+        _checks.number(name, np.asarray(value).astype(dtype), rule)
     array = jnp.asarray(value)
-    fits = array.ndim <= old.ndim and all(
-        n in (1, m) for n, m in zip(array.shape[::-1], old.shape[::-1], strict=False)
+    fits = array.ndim <= len(shape) and all(
+        n in (1, m) for n, m in zip(array.shape[::-1], shape[::-1], strict=False)
     )
-    shape = f"a number or an array that broadcasts to the shape {old.shape}"
-    _checks.require(fits, name, shape, f"one of shape {array.shape}")
-    return jnp.broadcast_to(array, old.shape).astype(old.dtype)
+    rule_of_shape = f"a number or an array that broadcasts to the shape {shape}"
+    _checks.require(fits, name, rule_of_shape, f"one of shape {array.shape}")
+    return jnp.broadcast_to(array, shape).astype(dtype)
 
 
 def held(place: Place, values: Values, write: Write) -> Any:
@@ -82,16 +92,32 @@ def held(place: Place, values: Values, write: Write) -> Any:
     state, names = place.state, _dials.in_order(_dials.dials_of(place.state))
     at = np.array([names.index(key) for key in values])
     written, flags, old = map(_trees.array_of, state.holds)
-    found = jnp.stack([_trees.array_of(_dials.dials_of(state)[k]) for k in values], -1)
-    given = [found[..., k] if x is None else x for k, x in enumerate(values.values())]
+    found = found_in(state)
+    given = [
+        found[..., k] if x is None else x
+        for k, x in zip(at, values.values(), strict=True)
+    ]
     are_held = np.array([value is not None for value in values.values()])
     holds = _dials.Holds(
         # What has been written into the record before is not looked at again.
-        written=write(state.holds.written, written.at[..., at].set(_dials.bits(found))),
-        held=write(state.holds.held, flags.at[..., at].set(are_held)),
-        values=write(state.holds.values, old.at[..., at].set(jnp.stack(given, -1))),
+        written.at[..., at].set(_dials.bits(found[..., at])),
+        flags.at[..., at].set(are_held),
+        old.at[..., at].set(jnp.stack(given, -1)),
     )
-    return state._replace(holds=holds)
+    state = state._replace(holds=_dials.Holds(*map(write, state.holds, holds)))
+    if hasattr(state, "ending"):  # What is set now outranks what was decided before.
+        lifts = _trees.array_of(state.ending.lifts).at[..., at].set(False)
+        ending = state.ending._replace(lifts=write(state.ending.lifts, lifts))
+        state = state._replace(ending=ending)
+    return state
+
+
+def found_in(state: Any) -> jax.Array:
+    """The record as one vector, in float32 whatever has been written there."""
+    record = _dials.dials_of(state)
+    names = _dials.in_order(record)
+    arrays = [_trees.array_of(record[name]).astype(jnp.float32) for name in names]
+    return jnp.stack(arrays, -1)
 
 
 def _injected(
@@ -184,12 +210,10 @@ def set_hyperparams(opt_state: Any, values: Mapping[str, ArrayLike | None]) -> A
                 f"`values` must have names of dials ({dials}), got {name!r}, which "
                 f"cannot be set: {remedy}."
             )
-        old = _trees.array_of(_dials.dials_of(places[place].state)[key])
-        wanted[place][key] = (
-            None
-            if value is None
-            else _checked_value(f"values[{name!r}]", value, key, old)
-        )
+        if value is not None:
+            shape, dtype = _form(places[place].state, key)
+            value = _checked_value(f"values[{name!r}]", value, key, shape, dtype)
+        wanted[place][key] = value
     order = iter(wanted)
 
     def change(place: Place, write: Write) -> Any:

@@ -59,9 +59,16 @@ def is_position(node: Any) -> bool:
 
 
 def array_of(leaf: Any) -> jax.Array:
-    """The array of a leaf, out of its box if it has one."""
+    """The array of a leaf, out of its box if it has one, where it can be used."""
     (array,) = jax.tree.leaves(leaf)
-    return jnp.asarray(array)
+    array = jnp.asarray(array)
+    if isinstance(array, jax.core.Tracer):
+        return array
+    (device, *_) = array.sharding.addressable_devices
+    home = device.default_memory().kind
+    if array.sharding.memory_kind in (None, home):
+        return array
+    return jax.device_put(array, array.sharding.with_memory_kind(home))
 
 
 def boxed_as(leaf: Any, array: jax.Array) -> Any:
@@ -87,23 +94,39 @@ def assigned(leaf: Any, value: Any) -> Any:
     return boxed_as(leaf, value)
 
 
-def placed_as(array: jax.Array, like: jax.Array) -> jax.Array:
-    """The array with the dtype of another, on its devices and in its memory."""
-    array = array.astype(like.dtype)
-    if any(isinstance(x, jax.core.Tracer) for x in (array, like)):
+def placed_as(array: jax.Array, leaf: Any) -> jax.Array:
+    """The array with the dtype of a leaf's, on its devices and in its memory."""
+    (old,) = jax.tree.leaves(leaf)
+    array = array.astype(old.dtype)
+    if isinstance(array, jax.core.Tracer) or not isinstance(old, jax.Array):
         return array
-    same = array.sharding == like.sharding
-    return array if same else jax.device_put(array, like.sharding)
+    if isinstance(old, jax.core.Tracer):
+        return array
+    same = array.sharding == old.sharding and array.committed == old.committed
+    return array if same else jax.device_put(array, old.sharding)
+
+
+def map_updates(
+    function: Callable[..., Any],
+    updates: optax.Updates,
+    *rest: Any,
+    otherwise: Callable[..., Any] = lambda *rest: None,
+) -> Any:
+    """``function(update, *rest)``; without an update, ``otherwise(*rest)``.
+
+    A None among the updates stands for whatever the others have there, be it a subtree.
+    """
+    return jax.tree.map(
+        lambda g, *r: otherwise(*r) if g is None else function(g, *r),
+        updates,
+        *rest,
+        is_leaf=lambda node: node is None,
+    )
 
 
 def given_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
-    """The parameters with None wherever there is no update, be it a whole subtree."""
-    return jax.tree.map(
-        lambda update, part: None if update is None else part,
-        updates,
-        params,
-        is_leaf=lambda node: node is None,
-    )
+    """The parameters with None wherever there is no update."""
+    return map_updates(lambda update, part: part, updates, params)
 
 
 def copy_tree(tree: Tree, copied: Callable[[Any], Any]) -> Tree:

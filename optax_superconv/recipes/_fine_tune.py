@@ -15,9 +15,9 @@ from optax_superconv.recipes._optimizers import adamw, decay_link
 from optax_superconv.schedules._onecycle import onecycle
 from optax_superconv.schedules._phases import Phase, Shape, phase_schedule
 from optax_superconv.transforms._learning_rate import scale_by_learning_rate
-from optax_superconv.transforms._momentum import scale_by_scheduled_adam
+from optax_superconv.transforms._momentum import adam_from, scale_by_scheduled_adam
 from optax_superconv.transforms._multipliers import layerwise_multipliers
-from optax_superconv.transforms._unfreezing import unfreezing
+from optax_superconv.transforms._unfreezing import frozen_until, unfreezing
 
 
 def fine_tune_adamw(
@@ -31,7 +31,7 @@ def fine_tune_adamw(
     warmup_steps: int | None = None,
     init_learning_rate: ArrayLike | None = None,
     end_learning_rate: ArrayLike = 0.0,
-    annihilation_steps: int = 0,
+    annihilation_steps: int | None = None,
     shape: Shape = "cosine",
     max_momentum: ArrayLike = 0.95,
     base_momentum: ArrayLike = 0.85,
@@ -72,7 +72,7 @@ def fine_tune_adamw(
         ``peak_learning_rate / 25``.
       end_learning_rate: Rate from step ``total_steps`` on; see :func:`onecycle`.
       annihilation_steps: Steps of the final fall, of those after the thaw; see
-        :func:`onecycle`.
+        :func:`onecycle`. None is 0.
       shape: Shape of every phase; see :func:`onecycle_schedule`.
       max_momentum: b1 at the start, the thaw and the end, in [0, 1).
       base_momentum: b1 at the peaks of the rate, in [0, 1) and at most
@@ -151,32 +151,33 @@ def fine_tune_adamw(
     learning_rate = after_rise(learning_rate, peak / 25 if init is None else init, peak)
     b1 = after_rise(b1, max_momentum, base_momentum)
 
-    def adam_from(step: int) -> optax.GradientTransformation:
-        def of_run(value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
-            """A group counts from its thaw; its schedules follow the run."""
-            if step == 0 or not callable(value):
-                return value
-            last = _checks.MAX_STEPS - step  # The sum is int32 too.
-            return lambda count: value(jnp.minimum(count, last) + step)
+    head = optax.chain(
+        scale_by_scheduled_adam(b1, 0.99), *decay_link(weight_decay, mask)
+    )
+    moments = adam_from(freeze_steps, b1, 0.99)
+    decays = optax.chain(*decay_link(_after(freeze_steps, weight_decay), mask))
 
-        return optax.chain(
-            scale_by_scheduled_adam(of_run(b1), 0.99),
-            *decay_link(of_run(weight_decay), mask),
-        )
+    def body(count: jax.Array) -> optax.GradientTransformation:
+        frozen = frozen_until(freeze_steps, decays, count, before_rate=True)
+        return optax.chain(moments, frozen)
 
     # One state for all that thaws together: a step costs more with each.
     return optax.chain(
         unfreezing(
-            {
-                "body": (freeze_steps, adam_from(freeze_steps)),
-                "head": (0, adam_from(0)),
-            },
+            {"body": body, "head": lambda _: head},
             lambda labels: {k: 0 if k == labels[-1] else freeze_steps for k in labels},
             param_labels,
             lambda label, labels: "head" if label == labels[-1] else "body",
-            before_rate=True,
         ),
         scale_by_learning_rate(
             learning_rate, multipliers=multipliers, param_labels=param_labels
         ),
     )
+
+
+def _after(step: int, value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    """A schedule from a step on; what is left alone counts from its thaw."""
+    if not callable(value):
+        return value
+    last = _checks.MAX_STEPS - step  # The sum is int32 too.
+    return lambda count: value(jnp.minimum(count, last) + step)

@@ -182,7 +182,7 @@ def onecycle_sgd(
     warmup_steps: int | None = None,
     init_learning_rate: ArrayLike | None = None,
     end_learning_rate: ArrayLike = 0.0,
-    annihilation_steps: int = 0,
+    annihilation_steps: int | None = None,
     shape: Shape = "cosine",
     max_momentum: ArrayLike = 0.95,
     base_momentum: ArrayLike = 0.85,
@@ -204,7 +204,7 @@ def onecycle_sgd(
       warmup_steps: Steps up to the peak. None is ``round(0.3 * total_steps)``.
       init_learning_rate: Rate at step 0. None is ``peak_learning_rate / 25``.
       end_learning_rate: Rate from step ``total_steps`` on.
-      annihilation_steps: Steps of the final fall from the initial rate.
+      annihilation_steps: Steps of the final fall from the initial rate. None is 0.
       shape: Shape of every phase; see :func:`onecycle_schedule`.
       max_momentum: Momentum at the start and the end.
       base_momentum: Momentum at the peak of the rate.
@@ -265,7 +265,7 @@ def onecycle_adamw(
     warmup_steps: int | None = None,
     init_learning_rate: ArrayLike | None = None,
     end_learning_rate: ArrayLike = 0.0,
-    annihilation_steps: int = 0,
+    annihilation_steps: int | None = None,
     shape: Shape = "cosine",
     max_momentum: ArrayLike = 0.95,
     base_momentum: ArrayLike = 0.85,
@@ -287,7 +287,7 @@ def onecycle_adamw(
       warmup_steps: Steps up to the peak. None is ``round(0.3 * total_steps)``.
       init_learning_rate: Rate at step 0. None is ``peak_learning_rate / 25``.
       end_learning_rate: Rate from step ``total_steps`` on.
-      annihilation_steps: Steps of the final fall from the initial rate.
+      annihilation_steps: Steps of the final fall from the initial rate. None is 0.
       shape: Shape of every phase; see :func:`onecycle_schedule`.
       max_momentum: b1 at the start and the end.
       base_momentum: b1 at the peak of the rate.

@@ -219,7 +219,7 @@ def onecycle(
     warmup_steps: int | None = None,
     init_learning_rate: ArrayLike | None = None,
     end_learning_rate: ArrayLike = 0.0,
-    annihilation_steps: int = 0,
+    annihilation_steps: int | None = None,
     shape: Shape = "cosine",
     max_momentum: ArrayLike = 0.95,
     base_momentum: ArrayLike = 0.85,
@@ -245,7 +245,7 @@ def onecycle(
         peak, or at most the initial rate with ``annihilation_steps``.
       annihilation_steps: Steps of the final fall from the initial rate, at least 0.
         Warm-up and annihilation together are at most ``total_steps``. During them the
-        momentum stays at its highest.
+        momentum stays at its highest. None is 0.
       shape: Shape of every phase; see :func:`onecycle_schedule`.
       max_momentum: Momentum (SGD's) or b1 (Adam's) at the start and the end, in [0, 1).
       base_momentum: Momentum at the peak of the rate, in [0, 1) and at most
@@ -270,6 +270,8 @@ def onecycle(
       <https://arxiv.org/abs/1803.09820>`_, 2018.
     """
     init, end = init_learning_rate, end_learning_rate
+    # Not a number, which optax.inject_hyperparams would trace.
+    annihilation_steps = 0 if annihilation_steps is None else annihilation_steps
     init = _checked_init(
         "learning_rate", peak_learning_rate, init, end, annihilation_steps, shape
     )

@@ -30,7 +30,7 @@ class ScaleByLearningRateState(NamedTuple):
     count: jax.Array  # (), int32
     hyperparams: _dials.Record  # learning_rate, learning_rate/<label>
     holds: _dials.Holds
-    cooldown: _dials.Cooldown
+    ending: _dials.Cooldown
     facts: dict[str, jax.Array]  # cooldown: (), float32
     skeleton: Any  # with groups, the containers of the parameters; () for each leaf
 
@@ -142,7 +142,10 @@ def scale_by_learning_rate(
             hyperparams,
             holds,
             _dials.Cooldown(
-                *(jnp.zeros([], jnp.int32) for _ in range(3)),
+                pending=jnp.zeros([], jnp.int32),
+                lifts=jnp.zeros(len(rates), bool),
+                start_step=jnp.zeros([], jnp.int32),
+                cooldown_steps=jnp.zeros([], jnp.int32),
                 origin=jnp.zeros_like(rates),
                 end=jnp.zeros_like(rates),
             ),
@@ -158,7 +161,7 @@ def scale_by_learning_rate(
         del params
         _trees.check_skeleton(updates, state.skeleton)
         groups = groups_of(updates)
-        names, count, cooldown = _names(groups.names), state.count, state.cooldown
+        names, count, cooldown = _names(groups.names), state.count, state.ending
         elapsed = jnp.clip(count - cooldown.start_step, 0, cooldown.cooldown_steps)
         cools = elapsed > 0
         factors = groups.factors_at(
@@ -168,44 +171,47 @@ def scale_by_learning_rate(
         base = jnp.concatenate([plain[None], plain * factors])
         given = [learning_rate, *(len(names) - 1) * [None]]
         holds = _dials.noticed(names, state.hyperparams, state.holds, base, given)
-        held = holds.held
         cooled = _cooled(cooldown, cooldown_shape, elapsed)
-        rate = jnp.where(cools, cooled[0], plain)
-        rate = jnp.where(held[0], holds.values[0], rate)
-        follows = jnp.where(cools & ~held[0], cooled[1:], rate * factors)
-        rates = jnp.concatenate(
-            [rate[None], jnp.where(held[1:], holds.values[1:], follows)]
-        )
 
+        def rates_with(held: jax.Array) -> jax.Array:
+            """The rates if these are held, and the others follow."""
+            rate = jnp.where(cools, cooled[0], plain)
+            rate = jnp.where(held[0], holds.values[0], rate)
+            others = jnp.where(cools & ~held[0], cooled[1:], rate * factors)
+            others = jnp.where(held[1:], holds.values[1:], others)
+            return jnp.concatenate([rate[None], others])
+
+        rates = rates_with(holds.held)
         starts = cooldown.pending > 0
+        lifted = holds.held & cooldown.lifts
+        ending = _dials.Cooldown(
+            jnp.zeros_like(cooldown.pending),
+            cooldown.lifts,
+            jnp.where(starts, count, cooldown.start_step),
+            jnp.where(starts, cooldown.pending, cooldown.cooldown_steps),
+            # Without what has been set since it was decided, which outranks it.
+            jnp.where(starts, rates_with(lifted), cooldown.origin),
+            cooldown.end,
+        )
         end = jnp.asarray(cooldown_end, jnp.float32)
-        # A group that was set apart keeps its proportion, and not its multiplier.
-        own = rates[1:] / jnp.where(rate == 0, 1, rate)
-        own = jnp.where(held[1:] & (rate != 0), own * end, factors * end)
-        keeps = cools & ~held & ~held[0]
-        own = jnp.where(keeps, cooldown.end, jnp.concatenate([end[None], own]))
+        ends = _ends(ending.origin, factors, end, lifted)
+        keeps = (cools & ~lifted & ~lifted[0]) | ~starts
+        ending = ending._replace(end=jnp.where(keeps, cooldown.end, ends))
         steps = jnp.maximum(cooldown.cooldown_steps, 1).astype(jnp.float32)
         over = jnp.where(starts, 0, elapsed.astype(jnp.float32) / steps)
+        holds = holds._replace(held=holds.held & ~(starts & cooldown.lifts))
         of_group = elements(rates, count) if groups.names else [rates[0]]
-        hyperparams, holds = _dials.written(
-            names, of_group, rates, holds._replace(held=held & ~starts)
-        )
-        factors = [-rate for rate in of_group] if flip_sign else of_group
+        hyperparams, holds = _dials.written(names, of_group, rates, holds)
+        signed = [-rate for rate in of_group] if flip_sign else of_group
         if groups.names:
-            scaled = scale_groups(factors[1:], groups, updates)
+            scaled = scale_groups(signed[1:], groups, updates)
         else:
-            scaled = scale(factors[0], updates)
+            scaled = scale(signed[0], updates)
         return scaled, ScaleByLearningRateState(
             increment(count),
             hyperparams,
             holds,
-            _dials.Cooldown(
-                jnp.zeros_like(cooldown.pending),
-                jnp.where(starts, count, cooldown.start_step),
-                jnp.where(starts, cooldown.pending, cooldown.cooldown_steps),
-                jnp.where(starts, rates, cooldown.origin),
-                jnp.where(starts, own, cooldown.end),
-            ),
+            ending,
             {"cooldown": over},
             state.skeleton,
         )
@@ -215,6 +221,16 @@ def scale_by_learning_rate(
 
 def _names(labels: list[str]) -> list[str]:
     return ["learning_rate", *(f"learning_rate/{label}" for label in labels)]
+
+
+def _ends(
+    origin: jax.Array, factors: jax.Array, end: jax.Array, held: jax.Array
+) -> jax.Array:
+    """The ends of a cooldown: a group that was set apart keeps its own proportion."""
+    rate = origin[0]
+    own = origin[1:] / jnp.where(rate == 0, 1, rate)
+    own = jnp.where(held[1:] & (rate != 0), own, factors)
+    return end * jnp.concatenate([jnp.ones(1, jnp.float32), own])
 
 
 def _cooled(cooldown: _dials.Cooldown, shape: Shape, elapsed: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ bfloat16 a mean with :math:`\beta = 0.999` stops at a quarter of its final value
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ from optax_superconv._numerics import (
     wide_dtype,
     widen,
 )
+from optax_superconv._trees import map_updates
 from optax_superconv.transforms._link import link
 
 
@@ -63,6 +65,10 @@ def _zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
         return jnp.zeros_like(leaf, dtype=dtype or wide_dtype(leaf))
 
     return jax.tree.map(zeros, params)
+
+
+def _kept(accumulator: Any) -> Any:
+    return accumulator
 
 
 def scheduled_trace(
@@ -125,9 +131,10 @@ def scheduled_trace(
             wide = widen(g)
             return wide + times(momentum, m.astype(wide.dtype))
 
-        trace = jax.tree.map(accumulate, updates, state.trace)
-        looked = jax.tree.map(accumulate, updates, trace) if nesterov else trace
-        return jax.tree.map(narrow, looked, updates), ScheduledTraceState(
+        trace = map_updates(accumulate, updates, state.trace, otherwise=_kept)
+        looked = map_updates(accumulate, updates, trace) if nesterov else trace
+        looked = map_updates(lambda g, u: narrow(u, g), updates, looked)
+        return looked, ScheduledTraceState(
             increment(state.count),
             jax.tree.map(narrow, trace, state.trace),
             dials,
@@ -193,6 +200,23 @@ def scale_by_scheduled_adam(
       Dozat, `Incorporating Nesterov Momentum into Adam
       <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016 (algorithm 2).
     """
+    return adam_from(0, b1, b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov)
+
+
+def adam_from(
+    thaw_step: int,
+    b1: optax.ScalarOrSchedule,
+    b2: optax.ScalarOrSchedule,
+    *,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    mu_dtype: Any = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`scale_by_scheduled_adam` whose moments stay as they are until a step.
+
+    What it does with the updates before that step is no use. To hold the moments from
+    outside costs more: the compiled program then computes each of them twice.
+    """
     _checks.number_or_schedule("b1", b1, _checks.DECAY)
     _checks.number_or_schedule("b2", b2, _checks.DECAY)
     _checks.number_or_schedule("eps", eps, _checks.NON_NEGATIVE)
@@ -222,8 +246,14 @@ def scale_by_scheduled_adam(
             given, state.count, state.dials, state.holds
         )
         gain1, gain2 = 1 - beta1, 1 - beta2
+        if thaw_step:
+            thawed = state.count >= thaw_step
+            gain1, gain2 = (jnp.where(thawed, gain, 0) for gain in (gain1, gain2))
+            zeros = jax.tree.map(jnp.zeros_like, updates)
+            updates = jax.tree.map(partial(jax.lax.select, thawed), updates, zeros)
         mu_weight = weight_after(state.mu_weight, gain1)
         nu_weight = weight_after(state.nu_weight, gain2)
+        weights = mu_weight, nu_weight
 
         def first_moment(g: ArrayLike, m: jax.Array) -> jax.Array:
             wide = widen(g)
@@ -236,8 +266,12 @@ def scale_by_scheduled_adam(
             v = v.astype(square.dtype)
             return v + times(gain2, square - v)
 
-        mu = jax.tree.map(first_moment, updates, state.mu)
-        nu = jax.tree.map(second_moment, updates, state.nu)
+        mu = map_updates(first_moment, updates, state.mu, otherwise=_kept)
+        nu = map_updates(second_moment, updates, state.nu, otherwise=_kept)
+        if thaw_step:  # Nothing is divided by 0 before it.
+            mu_weight, nu_weight = (
+                jnp.where(weight > 0, weight, 1) for weight in (mu_weight, nu_weight)
+            )
         # These are scalars, so that each leaf needs one division and not two.
         mu_scale, g_scale = 1 / mu_weight, None
         if nesterov:
@@ -252,12 +286,11 @@ def scale_by_scheduled_adam(
             root = jnp.sqrt(times(1 / nu_weight, v)) + epsilon.astype(v.dtype)
             return narrow(numerator / root.astype(numerator.dtype), g)
 
-        return jax.tree.map(rescale, updates, mu, nu), ScaleByScheduledAdamState(
+        return map_updates(rescale, updates, mu, nu), ScaleByScheduledAdamState(
             count,
             jax.tree.map(narrow, mu, state.mu),
             jax.tree.map(narrow, nu, state.nu),
-            mu_weight,
-            nu_weight,
+            *weights,
             dials,
             holds,
         )

@@ -8,6 +8,7 @@ state, as in ``optax.partition``. It is left alone until then, and counts from t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -112,23 +113,24 @@ def gradual_unfreezing(
         check_transformation(f"inner({step})", made)
         return made
 
-    cells = {label: (step, make_inner(step)) for label, step in steps.items()}
+    cells = {
+        label: functools.partial(frozen_until, step, make_inner(step))
+        for label, step in steps.items()
+    }
     return unfreezing(cells, steps, param_labels, lambda label, _: label)
 
 
 def unfreezing(
-    cells: Mapping[Any, tuple[int | None, optax.GradientTransformation]],
+    cells: Mapping[Any, Callable[[jax.Array], optax.GradientTransformation]],
     thaw_steps: Mapping[Any, int | None] | Callable[[list[Any]], Any],
     param_labels: Labels | LabelFn,
     cell_of: Callable[[Any, list[Any]], Any],
-    *,
-    before_rate: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`gradual_unfreezing` of labels that may share a cell with one inner state.
 
-    ``cells`` are thaw steps and optimizers by name; ``cell_of(label, labels)`` names
-    that of a label. ``thaw_steps`` may be a function of the distinct labels.
-    ``before_rate`` says that the updates are still to be multiplied by minus a rate.
+    ``cells`` are optimizers as functions of the count, by name; ``cell_of(label,
+    labels)`` names that of a label. ``thaw_steps`` may be a function of the distinct
+    labels.
     """
 
     def look_at(tree: Any) -> tuple[Any, dict[Any, int | None]]:
@@ -145,10 +147,7 @@ def unfreezing(
         return jax.tree.unflatten(treedef, names), {**steps}
 
     def inner_at(count: jax.Array, names: Any) -> optax.GradientTransformationExtraArgs:
-        of_cell = {
-            name: _frozen_until(step, tx, count, before_rate)
-            for name, (step, tx) in cells.items()
-        }
+        of_cell = {name: make(count) for name, make in cells.items()}
         return optax.partition(of_cell, lambda _: names)
 
     def facts_at(
@@ -193,13 +192,17 @@ def unfreezing(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _frozen_until(
+def frozen_until(
     step: int | None,
     inner: optax.GradientTransformation,
     count: jax.Array,
-    before_rate: bool,
+    *,
+    before_rate: bool = False,
 ) -> optax.GradientTransformation:
-    """The inner optimizer, which is at its start until ``count`` has come to a step."""
+    """The inner optimizer, which is left alone until ``count`` has come to a step.
+
+    ``before_rate`` says that the updates are still to be multiplied by minus a rate.
+    """
     if step == 0:
         return inner
     inner = optax.with_extra_args_support(inner)
