@@ -688,9 +688,9 @@ BAD_TYPES = [
     (lambda: osc.add_decayed_weights(None), "weight_decay", "NoneType"),
     (lambda: osc.onecycle(0.1, 10.0), "total_steps", "float"),
     (
-        lambda: osc.onecycle(0.1, 10, annihilation_steps=None),
+        lambda: osc.onecycle(0.1, 10, annihilation_steps=2.5),
         "annihilation_steps",
-        "NoneType",
+        "2.5",
     ),
     (
         lambda: osc.scale_by_learning_rate(0.1, multipliers=[1.0], param_labels=LABELS),

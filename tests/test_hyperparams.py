@@ -61,19 +61,22 @@ def test_reads_what_the_last_update_applied(nest):
         assert_reads(state, expected(step))
 
 
-def test_partition_names_its_labels():
+@pytest.mark.parametrize("labels", [("slow", "fast"), (3, 11)])
+def test_partition_names_its_labels(labels):
+    peaks = dict(zip(labels, (0.01, 0.1), strict=True))
     tx = optax.partition(
-        {"slow": osc.onecycle_sgd(0.01, TOTAL), 7: osc.onecycle_sgd(0.1, TOTAL)},
-        {"a": "slow", "b": 7},
+        {label: osc.onecycle_sgd(peak, TOTAL) for label, peak in peaks.items()},
+        dict(zip("ab", labels, strict=True)),
     )
     read = osc.read_hyperparams(tx.init(PARAMS))
     assert set(read) == {
         f"{name}/{label}"
         for name in ("momentum", "learning_rate", "cooldown")
-        for label in ("slow", 7)
+        for label in labels
     }
-    np.testing.assert_allclose(read["learning_rate/slow"], 0.01 / 25, rtol=1e-6)
-    np.testing.assert_allclose(read["learning_rate/7"], 0.1 / 25, rtol=1e-6)
+    for label, peak in peaks.items():
+        rate = read[f"learning_rate/{label}"]
+        np.testing.assert_allclose(rate, peak / 25, rtol=1e-6)
 
 
 def test_partition_in_partition():
@@ -115,7 +118,9 @@ def test_what_inject_hyperparams_wraps_is_read_too():
 
 
 def test_inject_hyperparams_inside_partition_is_labelled():
-    injected = optax.inject_hyperparams(osc.scale_by_learning_rate)(learning_rate=0.3)
+    injected = optax.inject_hyperparams(
+        osc.scale_by_learning_rate, static_args="cooldown_end"
+    )(learning_rate=0.3)
     tx = optax.partition({"on": injected}, {"a": "on", "b": "on"})
     assert_reads(
         tx.init(PARAMS),

@@ -249,7 +249,7 @@ def test_the_counts_saturate(tx, update):
 
     def is_count(path, leaf):
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        return leaf.dtype == last.dtype and "cooldown" not in names
+        return leaf.dtype == last.dtype and "ending" not in names
 
     state = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.asarray(last) if is_count(path, leaf) else leaf,

@@ -474,7 +474,7 @@ def test_states_with_a_leading_axis(lengths):
     started = osc.start_cooldown(states, lengths)
     assert types(started) == types(states)
     np.testing.assert_array_equal(
-        started.cooldown.pending, np.broadcast_to(lengths, (4,))
+        started.ending.pending, np.broadcast_to(lengths, (4,))
     )
 
 
