@@ -694,6 +694,16 @@ TREE_LABELS = jax.tree.map(lambda _: 0, make_params(*LABELS)) | {
 }
 MAPPED = {  # and how many arrays of its state are like a parameter
     "scale_by_group": (lambda labels: osc.scale_by_group(MULTIPLIERS, labels), 0),
+    "scale_by_learning_rate": (
+        lambda labels: osc.scale_by_learning_rate(
+            0.1, multipliers=MULTIPLIERS, param_labels=labels
+        ),
+        0,
+    ),
+    "adamw": (
+        lambda labels: osc.adamw(0.1, multipliers=MULTIPLIERS, param_labels=labels),
+        8,
+    ),
     "gradual_unfreezing": (
         lambda labels: osc.gradual_unfreezing(optax.adam(0.1), {0: 3, 1: 0}, labels),
         8,
@@ -846,6 +856,10 @@ def test_multipliers_that_do_not_fit_the_labels_are_refused(multipliers, message
     with pytest.raises(ValueError, match=f"^{message}"):
         osc.scale_by_group(multipliers, LABELS).init(ONES)
     with pytest.raises(ValueError, match=f"^{message}"):
+        osc.scale_by_learning_rate(
+            0.1, multipliers=multipliers, param_labels=LABELS
+        ).init(ONES)
+    with pytest.raises(ValueError, match=f"^{message}"):
         osc.describe_groups(ONES, LABELS, multipliers)
 
 
@@ -884,6 +898,9 @@ OTHERS = {
 }  # fmt: skip
 GUARDED = {
     "scale_by_group": osc.scale_by_group(MULTIPLIERS, lambda _: LABELS),
+    "scale_by_learning_rate": osc.scale_by_learning_rate(
+        0.1, multipliers=MULTIPLIERS, param_labels=lambda _: LABELS
+    ),
     "gradual_unfreezing": osc.gradual_unfreezing(
         optax.sgd(0.1, momentum=0.9), {0: 1, 1: 0}, lambda _: LABELS
     ),
