@@ -340,7 +340,7 @@ def test_adamw_passes_every_option_on(nesterov):
 @pytest.mark.parametrize(
     ("cycle", "plain"), [(osc.onecycle_sgd, osc.sgd), (osc.onecycle_adamw, osc.adamw)]
 )
-def test_cycles_pass_every_option_on(cycle, plain):
+def test_recipes_pass_every_option_on(cycle, plain):
     phases = {"warmup_steps": 3, "annihilation_steps": 5, "shape": "linear"}
     rate = osc.onecycle_schedule(0.1, TOTAL, init_value=0.05, end_value=0.01, **phases)
     momentum = osc.onecycle_momentum_schedule(

@@ -113,10 +113,9 @@ def dials_at(count):
     for name, label in DEPTHS.items():
         dials[f"frozen/{label}"] = count < FREEZE and name != "head"
         dials[f"learning_rate/{label}"] = multiplier(name) * rate_at(count)
-    # Until the thaw, what the body records is what its first step will apply.
-    for part, b1 in (("body", b1_at(max(count, FREEZE))), ("head", b1_at(count))):
-        constants = {"b2": 0.99, "eps": 1e-8, "weight_decay": 0.01}
-        dials |= {f"{name}/{part}": x for name, x in ({"b1": b1} | constants).items()}
+    moments = {"b1": b1_at(count), "b2": 0.99, "eps": 1e-8, "weight_decay": 0.01}
+    for part in ("body", "head"):
+        dials |= {f"{name}/{part}": value for name, value in moments.items()}
     return dials
 
 
