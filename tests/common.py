@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import optax
 
+import optax_superconv as osc
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -73,6 +75,14 @@ def evaluate(schedule, counts):
     """Values in NumPy; of at least 1024 counts, so that all share their programs."""
     padded = np.resize(counts, max(1024, len(counts)))
     return np.asarray(schedule(jax.numpy.asarray(padded)))[: len(counts)]
+
+
+def frozen(state):
+    """The labels that the last update of every state of a batch left alone."""
+    read = osc.read_hyperparams(state)
+    names = [key.partition("/")[2] for key in read if key.startswith("frozen/")]
+    found = {name for name in names if np.all(read[f"frozen/{name}"])}
+    return {int(name) if name.isdigit() else name for name in found}
 
 
 def types(tree):

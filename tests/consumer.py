@@ -83,10 +83,13 @@ def chains() -> dict[str, optax.GradientTransformation]:
     return {
         "optax": optax.adamw(rate),
         "recipe": recipe,
-        "sgd": osc.onecycle_sgd(1e-2, STEPS, base_momentum=jnp.asarray(0.8)),
+        "cycle": osc.onecycle_sgd(1e-2, STEPS, base_momentum=jnp.asarray(0.8)),
         "fine_tune": osc.fine_tune_adamw(1e-2, STEPS, label, freeze_steps=4),
-        "late": osc.late_decay_sgd(1e-2, None, average=osc.lawa_params(2)),
-        "late_adamw": osc.late_decay_adamw(1e-2, STEPS, decay_steps=8),
+        "sgd": optax.chain(osc.sgd(1e-2, nesterov=False), osc.lawa_params(2)),
+        "adamw": osc.adamw(
+            *osc.onecycle(1e-2, STEPS), b2=0.95, eps=lambda count: 1e-8, mask=None
+        ),
+        "groups": osc.adamw(rate, multipliers=multipliers, param_labels=label),
         "links": optax.chain(
             optax.clip_by_global_norm(1.0),
             osc.record_gradient_norms(STEPS, ord=1, num_samples=10),
@@ -97,7 +100,10 @@ def chains() -> dict[str, optax.GradientTransformation]:
         ),
         "sum": optax.chain(
             osc.scheduled_trace(0.9, nesterov=True),
-            osc.triggered_cooldown(rate),
+            osc.add_decayed_weights(rate, mask=lambda params: True),
+            osc.scale_by_learning_rate(
+                rate, cooldown_end=1e-4, cooldown_shape="linear"
+            ),
             osc.swa_params(10, every=5),
         ),
         "thawed": osc.gradual_unfreezing(
@@ -113,6 +119,10 @@ def read(state: State) -> None:
     hyperparams = osc.read_hyperparams(opt_state)
     assert_type(hyperparams, dict[str, jax.Array])
     print({name: float(value) for name, value in hyperparams.items()})
+    opt_state = osc.set_hyperparams(
+        opt_state, {"learning_rate": 0.1, "b1": jnp.asarray(0.8), "b2": None}
+    )
+    opt_state = osc.restart_schedules(osc.start_cooldown(opt_state, 10))
     averaged: Params = osc.eval_params(opt_state, params, name="ema")
     print(averaged["slope"].sum())
     print(osc.describe_groups(params, osc.label_by_path([(".*", "all")])))

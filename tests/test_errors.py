@@ -36,13 +36,7 @@ def fine_tune(total_steps=10, **options):
     return osc.fine_tune_adamw(options.pop("peak", 0.1), total_steps, LABELS, **options)
 
 
-COOLDOWN = osc.triggered_cooldown(0.1).init(None)
-TWO = {"a": COOLDOWN, "b": COOLDOWN}
-
-
-def sgd(total_steps=10, **options):
-    return osc.late_decay_sgd(options.pop("peak", 0.1), total_steps, **options)
-
+COOLDOWN = osc.scale_by_learning_rate(0.1).init(None)
 
 BAD_VALUES = [
     # call, argument, rule, value
@@ -198,14 +192,67 @@ BAD_VALUES = [
         "at least 0",
         "-1.0",
     ),
-    (lambda: osc.onecycle_adamw(0.1, 10, max_b1=1.5), "max_b1", "less than 1", "1.5"),
     (
-        lambda: osc.onecycle_adamw(0.1, 10, base_b1=0.96),
-        "base_b1",
-        "at most `max_b1` (0.95)",
+        lambda: osc.onecycle_adamw(0.1, 10, max_momentum=1.5),
+        "max_momentum",
+        "less than 1",
+        "1.5",
+    ),
+    (
+        lambda: osc.onecycle_adamw(0.1, 10, base_momentum=0.96),
+        "base_momentum",
+        "at most `max_momentum` (0.95)",
         "0.96",
     ),
-    (lambda: osc.onecycle_adamw(0.1, 10, b2=1.0), "b2", "less than 1", "1.0"),
+    (lambda: osc.onecycle(-0.1, 10), "peak_learning_rate", "at least 0", "-0.1"),
+    (
+        lambda: osc.onecycle(0.1, 10, end_learning_rate=0.2),
+        "end_learning_rate",
+        "at most `peak_learning_rate` (0.1)",
+        "0.2",
+    ),
+    (
+        lambda: osc.onecycle(0.1, 10, base_momentum=1.0),
+        "base_momentum",
+        "less than 1",
+        "1.0",
+    ),
+    (lambda: osc.sgd(np.inf), "learning_rate", "finite", "inf"),
+    (lambda: osc.sgd(0.1, 1.0), "momentum", "less than 1", "1.0"),
+    (lambda: osc.sgd(0.1, weight_decay=-1.0), "weight_decay", "at least 0", "-1.0"),
+    (lambda: osc.adamw(np.inf), "learning_rate", "finite", "inf"),
+    (lambda: osc.adamw(0.1, 1), "b1", "less than 1", "1"),
+    (lambda: osc.adamw(0.1, b2=1.0), "b2", "less than 1", "1.0"),
+    (lambda: osc.adamw(0.1, eps=-1.0), "eps", "at least 0", "-1.0"),
+    (lambda: osc.adamw(0.1, weight_decay=-1.0), "weight_decay", "at least 0", "-1.0"),
+    (lambda: osc.add_decayed_weights(-1.0), "weight_decay", "at least 0", "-1.0"),
+    (lambda: osc.add_decayed_weights(np.nan), "weight_decay", "finite", "nan"),
+    (
+        lambda: osc.add_decayed_weights(0.1, "kernels"),
+        "mask",
+        "one of 'matrices'",
+        "'kernels'",
+    ),
+    (
+        lambda: osc.scale_by_learning_rate(0.1, multipliers={0: 1.0}),
+        "param_labels",
+        "given with `multipliers`",
+        "None",
+    ),
+    (
+        lambda: osc.scale_by_learning_rate(0.1, param_labels=LABELS),
+        "multipliers",
+        "given with `param_labels`",
+        "None",
+    ),
+    (
+        lambda: osc.scale_by_learning_rate(
+            0.1, multipliers={0: 1.0, 1: -2.0}, param_labels=LABELS
+        ),
+        "multipliers[1]",
+        "finite and at least 0",
+        "-2.0",
+    ),
     (
         lambda: osc.onecycle_adamw(0.1, 10, shape="exponential"),
         "end_learning_rate",
@@ -247,8 +294,8 @@ BAD_VALUES = [
         "0.5",
     ),
     (
-        lambda: osc.onecycle_sgd(0.1, 10, weight_decay_mask="kernels"),
-        "weight_decay_mask",
+        lambda: osc.onecycle_sgd(0.1, 10, mask="kernels"),
+        "mask",
         "one of 'matrices'",
         "'kernels'",
     ),
@@ -427,7 +474,7 @@ BAD_VALUES = [
         "at most `peak_learning_rate` (0.1)",
         "0.2",
     ),
-    (lambda: fine_tune(max_b1=1.0), "max_b1", "less than 1", "1.0"),
+    (lambda: fine_tune(max_momentum=1.0), "max_momentum", "less than 1", "1.0"),
     (lambda: fine_tune(weight_decay=-1.0), "weight_decay", "at least 0", "-1.0"),
     (
         lambda: fine_tune(weight_decay=-1.0, freeze_steps=3),
@@ -435,11 +482,9 @@ BAD_VALUES = [
         "at least 0",
         "-1.0",
     ),
-    (lambda: fine_tune(b2=1.0, freeze_steps=3), "b2", "less than 1", "1.0"),
-    (lambda: fine_tune(eps=-1.0, freeze_steps=3), "eps", "at least 0", "-1.0"),
     (
-        lambda: fine_tune(weight_decay_mask="kernels", freeze_steps=3),
-        "weight_decay_mask",
+        lambda: fine_tune(mask="kernels", freeze_steps=3),
+        "mask",
         "one of 'matrices'",
         "'kernels'",
     ),
@@ -449,28 +494,29 @@ BAD_VALUES = [
         "at least 0 and less than `total_steps - freeze_steps` (4)",
         "4",
     ),
-    (lambda: osc.triggered_cooldown(np.nan), "schedule", "finite", "nan"),
     (
-        lambda: osc.triggered_cooldown(0.1, end_value=np.inf),
-        "end_value",
+        lambda: osc.scale_by_learning_rate(0.1, cooldown_end=np.inf),
+        "cooldown_end",
         "finite",
         "inf",
     ),
     (
-        lambda: osc.triggered_cooldown(0.1, shape="exponential"),
-        "end_value",
+        lambda: osc.scale_by_learning_rate(0.1, cooldown_shape="exponential"),
+        "cooldown_end",
         'above 0 with shape="exponential"',
         "0.0",
     ),
     (
-        lambda: osc.triggered_cooldown(0.0, end_value=0.1, shape="exponential"),
-        "schedule",
+        lambda: osc.scale_by_learning_rate(
+            0.0, cooldown_end=0.1, cooldown_shape="exponential"
+        ),
+        "learning_rate",
         "above 0",
         "0.0",
     ),
     (
-        lambda: osc.triggered_cooldown(0.1, shape="step"),
-        "shape",
+        lambda: osc.scale_by_learning_rate(0.1, cooldown_shape="step"),
+        "cooldown_shape",
         "one of 'linear'",
         "'step'",
     ),
@@ -502,16 +548,10 @@ BAD_VALUES = [
     (
         lambda: osc.start_cooldown(optax.sgd(0.1, momentum=0.9).init(0.0), 3),
         "opt_state",
-        "of an optimizer with a `triggered_cooldown`",
+        "of an optimizer that ends with this package's `scale_by_learning_rate`",
         "TraceState, EmptyState",
     ),
     (lambda: osc.start_cooldown({}, 3), "opt_state", "of an optimizer", "a dict"),
-    (
-        lambda: osc.start_cooldown(osc.start_cooldown(TWO, 3), 4),
-        "opt_state",
-        "one whose cooldown has not been started",
-        "one at 'a' that cools down since step 0 over 3 steps",
-    ),
     (lambda: osc.average_params(0.0), "weight", "above 0 and at most 1", "0.0"),
     (lambda: osc.average_params(1.5), "weight", "above 0 and at most 1", "1.5"),
     (lambda: osc.ema_params(1.0), "decay", "at least 0 and less than 1", "1.0"),
@@ -540,43 +580,6 @@ BAD_VALUES = [
         "a floating-point type",
         "int64",
     ),
-    (lambda: sgd(0), "total_steps", "at least 1", "0"),
-    (lambda: sgd(peak=-1), "peak_learning_rate", "at least 0", "-1"),
-    (lambda: sgd(None, peak=-1), "peak_learning_rate", "at least 0", "-1"),
-    (
-        lambda: sgd(None, init_learning_rate=0.2),
-        "init_learning_rate",
-        "at most `peak_learning_rate` (0.1)",
-        "0.2",
-    ),
-    (
-        lambda: sgd(end_learning_rate=0.2),
-        "end_learning_rate",
-        "at most `peak_learning_rate` (0.1)",
-        "0.2",
-    ),
-    (
-        lambda: sgd(None, shape="exponential"),
-        "end_learning_rate",
-        "above 0",
-        "0.0",
-    ),
-    (
-        lambda: sgd(None, decay_steps=3),
-        "decay_steps",
-        "None with `total_steps=None` (give the length to `start_cooldown`)",
-        "3",
-    ),
-    (
-        lambda: sgd(warmup_steps=4, decay_steps=7),
-        "warmup_steps + decay_steps",
-        "at most `total_steps` (10)",
-        "11",
-    ),
-    (lambda: sgd(None, warmup_steps=-1), "warmup_steps", "at least 0", "-1"),
-    (lambda: sgd(None, momentum=1.0), "momentum", "less than 1", "1.0"),
-    (lambda: sgd(weight_decay=-1.0), "weight_decay", "at least 0", "-1.0"),
-    (lambda: osc.late_decay_adamw(0.1, 10, b1=1), "b1", "less than 1", "1"),
 ]
 
 
@@ -651,8 +654,16 @@ BAD_TYPES = [
     (lambda: fine_tune(freeze_steps=2.0), "freeze_steps", "float"),
     (lambda: fine_tune(freeze_steps=None), "freeze_steps", "NoneType"),
     (lambda: fine_tune(decay="x"), "decay", "str"),
-    (lambda: osc.triggered_cooldown("x"), "schedule", "str"),
-    (lambda: osc.triggered_cooldown(0.1, shape=1), "shape", "int"),
+    (
+        lambda: osc.scale_by_learning_rate(0.1, cooldown_end="x"),
+        "cooldown_end",
+        "str",
+    ),
+    (
+        lambda: osc.scale_by_learning_rate(0.1, cooldown_shape=1),
+        "cooldown_shape",
+        "int",
+    ),
     (lambda: osc.start_cooldown(COOLDOWN, 3.0), "cooldown_steps", "float"),
     (lambda: osc.start_cooldown(COOLDOWN, True), "cooldown_steps", "bool"),
     (lambda: osc.start_cooldown(COOLDOWN, None), "cooldown_steps", "NoneType"),
@@ -669,10 +680,23 @@ BAD_TYPES = [
     (lambda: osc.lawa_params(2, name=None), "name", "NoneType"),
     (lambda: osc.lawa_params(2.0), "window", "float"),
     (lambda: osc.average_params(power="x"), "power", "str"),
-    (lambda: sgd("10"), "total_steps", "str"),
-    (lambda: sgd(momentum=None), "momentum", "NoneType"),
-    (lambda: sgd(None, warmup_steps=None), "warmup_steps", "NoneType"),
-    (lambda: sgd(average=0.999), "average", "float"),
+    (lambda: osc.sgd(None), "learning_rate", "NoneType"),
+    (lambda: osc.sgd(0.1, None), "momentum", "NoneType"),
+    (lambda: osc.sgd(0.1, weight_decay="x"), "weight_decay", "str"),
+    (lambda: osc.adamw("x"), "learning_rate", "str"),
+    (lambda: osc.adamw(0.1, eps=None), "eps", "NoneType"),
+    (lambda: osc.add_decayed_weights(None), "weight_decay", "NoneType"),
+    (lambda: osc.onecycle(0.1, 10.0), "total_steps", "float"),
+    (
+        lambda: osc.onecycle(0.1, 10, annihilation_steps=2.5),
+        "annihilation_steps",
+        "2.5",
+    ),
+    (
+        lambda: osc.scale_by_learning_rate(0.1, multipliers=[1.0], param_labels=LABELS),
+        "multipliers",
+        "[1.0]",
+    ),
 ]
 
 

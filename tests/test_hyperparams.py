@@ -23,7 +23,8 @@ def recipe():
 
 
 def expected(step):
-    return {"b1": BETA(step), "weight_decay": 0.01, "learning_rate": RATE(step)}
+    constants = {"b2": 0.99, "eps": 1e-8, "weight_decay": 0.01, "cooldown": 0.0}
+    return {"b1": BETA(step), "learning_rate": RATE(step)} | constants
 
 
 def assert_reads(state, values):
@@ -60,19 +61,22 @@ def test_reads_what_the_last_update_applied(nest):
         assert_reads(state, expected(step))
 
 
-def test_partition_names_its_labels():
+@pytest.mark.parametrize("labels", [("slow", "fast"), (3, 11)])
+def test_partition_names_its_labels(labels):
+    peaks = dict(zip(labels, (0.01, 0.1), strict=True))
     tx = optax.partition(
-        {"slow": osc.onecycle_sgd(0.01, TOTAL), 7: osc.onecycle_sgd(0.1, TOTAL)},
-        {"a": "slow", "b": 7},
+        {label: osc.onecycle_sgd(peak, TOTAL) for label, peak in peaks.items()},
+        dict(zip("ab", labels, strict=True)),
     )
     read = osc.read_hyperparams(tx.init(PARAMS))
     assert set(read) == {
         f"{name}/{label}"
-        for name in ("weight_decay", "momentum", "learning_rate")
-        for label in ("slow", 7)
+        for name in ("momentum", "learning_rate", "cooldown")
+        for label in labels
     }
-    np.testing.assert_allclose(read["learning_rate/slow"], 0.01 / 25, rtol=1e-6)
-    np.testing.assert_allclose(read["learning_rate/7"], 0.1 / 25, rtol=1e-6)
+    for label, peak in peaks.items():
+        rate = read[f"learning_rate/{label}"]
+        np.testing.assert_allclose(rate, peak / 25, rtol=1e-6)
 
 
 def test_partition_in_partition():
@@ -81,14 +85,15 @@ def test_partition_in_partition():
         lambda tree: jax.tree.map(lambda _: "in", tree),
     )
     tx = optax.partition({"out": inner}, {"a": "out", "b": "out"})
-    assert_reads(tx.init(PARAMS), {"learning_rate/out/in": 0.5})
+    assert_reads(tx.init(PARAMS), {"learning_rate/out/in": 0.5, "cooldown/out/in": 0.0})
 
 
 def test_equal_names_are_numbered():
     tx = optax.chain(*(osc.scale_by_learning_rate(rate) for rate in (0.1, 0.2, 0.3)))
     assert_reads(
         tx.init(PARAMS),
-        {"learning_rate": 0.1, "learning_rate_2": 0.2, "learning_rate_3": 0.3},
+        {"learning_rate": 0.1, "learning_rate_1": 0.2, "learning_rate_2": 0.3}
+        | {"cooldown": 0.0, "cooldown_1": 0.0, "cooldown_2": 0.0},
     )
 
 
@@ -105,7 +110,7 @@ def test_inject_hyperparams_is_read_too():
 
 def test_what_inject_hyperparams_wraps_is_read_too():
     tx = optax.inject_hyperparams(osc.onecycle_sgd, static_args=("total_steps",))(
-        peak_learning_rate=0.1, total_steps=TOTAL, weight_decay_mask=None
+        peak_learning_rate=0.1, total_steps=TOTAL, mask=None
     )
     read = osc.read_hyperparams(tx.init(PARAMS))
     np.testing.assert_allclose(read["peak_learning_rate"], 0.1)
@@ -113,15 +118,20 @@ def test_what_inject_hyperparams_wraps_is_read_too():
 
 
 def test_inject_hyperparams_inside_partition_is_labelled():
-    injected = optax.inject_hyperparams(osc.scale_by_learning_rate)(learning_rate=0.3)
+    injected = optax.inject_hyperparams(
+        osc.scale_by_learning_rate, static_args="cooldown_end"
+    )(learning_rate=0.3)
     tx = optax.partition({"on": injected}, {"a": "on", "b": "on"})
-    assert_reads(tx.init(PARAMS), {"learning_rate/on": 0.3, "learning_rate/on_2": 0.3})
+    assert_reads(
+        tx.init(PARAMS),
+        {"learning_rate/on": 0.3, "learning_rate/on_1": 0.3, "cooldown/on": 0.0},
+    )
 
 
 def test_the_older_state_of_inject_hyperparams_is_read_too():
     inner = osc.scale_by_learning_rate(0.3).init(PARAMS)
     state = optax.InjectHyperparamsState(jnp.zeros([]), {"b1": jnp.float32(0.9)}, inner)
-    assert_reads(state, {"b1": 0.9, "learning_rate": 0.3})
+    assert_reads(state, {"b1": 0.9, "learning_rate": 0.3, "cooldown": 0.0})
 
 
 @pytest.mark.parametrize(
@@ -186,7 +196,7 @@ def test_any_chain_can_be_read(scale):
     state = tx.init(PARAMS)
     for step in range(2):
         _, state = tx.update(PARAMS, state, PARAMS)
-        assert_reads(state, {"learning_rate": RATE(step)})
+        assert_reads(state, {"learning_rate": RATE(step), "cooldown": 0.0})
 
 
 def test_learning_rate_has_optax_semantics():
@@ -196,7 +206,7 @@ def test_learning_rate_has_optax_semantics():
         update, state = ours.update(PARAMS, ours.init(PARAMS))
         expected_update, _ = theirs.update(PARAMS, theirs.init(PARAMS))
         jax.tree.map(np.testing.assert_array_equal, update, expected_update)
-        assert_reads(state, {"learning_rate": 0.3})
+        assert_reads(state, {"learning_rate": 0.3, "cooldown": 0.0})
 
 
 def test_rate_stays_float32_for_bfloat16_updates():

@@ -38,6 +38,10 @@ osc.onecycle_schedule("a", 10)  # mistake
 osc.onecycle_schedule(1.0, total_steps=1.5)  # mistake
 osc.onecycle_schedule(1.0, 10, shape="sine")  # mistake
 osc.onecycle_adamw(1.0, 10, peak=1.0)  # mistake
+osc.sgd("fast")  # mistake
+osc.adamw(1.0, nesterov=0.9, mu=1.0)  # mistake
+osc.scale_by_learning_rate(1.0, cooldown_shape="sine")  # mistake
+osc.set_hyperparams((), {"learning_rate": "fast"})  # mistake
 osc.suggest_learning_rate(schedule)  # mistake
 osc.read_hyperparams(())["learning_rate"].upper()  # mistake
 optax.chain(osc.ema_params(0.9), schedule)  # mistake

@@ -165,6 +165,31 @@ def _refined(optimizer, power):
     return Schedule(f"refined-{optimizer}", make, 0.3, at, (0, 4, 8, 12, 16, TOTAL))
 
 
+def _pair(which):
+    """One of the two schedules of a cycle, around the peak or the highest momentum."""
+
+    def make(value):
+        values = {"peak_learning_rate": value, "init_learning_rate": value / 10}
+        if which:
+            values = {"peak_learning_rate": 1.0, "max_momentum": value}
+        return osc.onecycle(
+            total_steps=TOTAL,
+            warmup_steps=6,
+            annihilation_steps=4,
+            shape="linear",
+            base_momentum=0.8,
+            **values,
+        )[which]
+
+    def at(count):
+        values = (0.8, 0.95, 0.95) if which else (0.3, 0.03, 0.0)
+        peak, init, end = values
+        return reference.onecycle(count, peak, TOTAL, 6, init, end, 4, "linear")
+
+    name = ("learning_rate", "momentum")[which]
+    return Schedule(f"pair-{name}", make, (0.3, 0.95)[which], at, (0, 6, 16, TOTAL))
+
+
 SCHEDULES = [
     *(_onecycle(s) for s in reference.SHAPES),
     _onecycle("cosine", annihilation=4),
@@ -172,6 +197,8 @@ SCHEDULES = [
     _onecycle("linear", warmup=0),
     _momentum(0),
     _momentum(4),
+    _pair(0),
+    _pair(1),
     _phases(),
     *(_cyclical(mode) for mode in ("triangular", "triangular2", "exp_range")),
     _warmup_stable_decay("1-sqrt"),
@@ -221,6 +248,10 @@ def growing_decay(count):
     return 0.01 * (1 + count / 2)
 
 
+def cooling(count):
+    return reference.cooled(count, _constant(0.11), 12, 12, 0.01, "1-sqrt")
+
+
 def _started(tx, cooldown_steps):
     """A transformation that cools down from its first update on."""
 
@@ -241,9 +272,94 @@ TRANSFORMS = [
         "scale_by_learning_rate",
         lambda value: osc.scale_by_learning_rate(lambda t: value * linear_rate(t)),
         1.0,
-        ("learning_rate",),
+        ("learning_rate", "cooldown"),
         lambda p, g: reference.sgd(p, g, linear_rate, _constant(0.0)),
         (osc.scale_by_learning_rate, {"learning_rate": 0.1}, ()),
+    ),
+    Transform(
+        "scale_by_learning_rate-groups",
+        lambda value: osc.scale_by_learning_rate(
+            linear_rate,
+            multipliers={0: lambda t: value * moving(t), 1: 2.0},
+            param_labels=by_name,
+        ),
+        1.0,
+        ("learning_rate", "learning_rate/0", "learning_rate/1", "cooldown"),
+        lambda p, g: reference.sgd(
+            p,
+            g,
+            lambda t: linear_rate(t) * (moving(t) if p.ndim > 1 else 2.0),
+            _constant(0.0),
+        ),
+        (
+            osc.scale_by_learning_rate,
+            {"learning_rate": 0.1, "multipliers": {0: 0.1, 1: 1.0}}
+            | {"param_labels": by_name},
+            ("param_labels",),
+        ),
+    ),
+    Transform(
+        "scale_by_learning_rate-cooling",
+        lambda value: _started(
+            osc.scale_by_learning_rate(
+                lambda t: value * (1 + linear_rate(t)), cooldown_end=0.01
+            ),
+            12,
+        ),
+        0.1,
+        ("learning_rate", "cooldown"),
+        lambda p, g: reference.sgd(p, g, cooling, _constant(0.0)),
+        (
+            lambda learning_rate: _started(
+                osc.scale_by_learning_rate(learning_rate), 12
+            ),
+            {"learning_rate": 0.1},
+            (),
+        ),
+    ),
+    Transform(
+        "scale_by_learning_rate-groups-cooling",
+        lambda value: _started(
+            osc.scale_by_learning_rate(
+                lambda t: value * (1 + linear_rate(t)),
+                multipliers={0: moving, 1: 2.0},
+                param_labels=by_name,
+                cooldown_end=0.01,
+            ),
+            12,
+        ),
+        0.1,
+        ("learning_rate", "learning_rate/0", "learning_rate/1", "cooldown"),
+        # The multipliers are those of the step where the cooldown started.
+        lambda p, g: reference.sgd(
+            p,
+            g,
+            lambda t: cooling(t) * (moving(0) if p.ndim > 1 else 2.0),
+            _constant(0.0),
+        ),
+        (
+            lambda learning_rate: _started(
+                osc.scale_by_learning_rate(
+                    learning_rate, multipliers={0: 0.1, 1: 1.0}, param_labels=by_name
+                ),
+                12,
+            ),
+            {"learning_rate": 0.1},
+            (),
+        ),
+    ),
+    Transform(
+        "add_decayed_weights",
+        lambda value: optax.chain(
+            osc.add_decayed_weights(lambda t: value * growing_decay(t), mask=None),
+            optax.scale(-0.1),
+        ),
+        1.0,
+        ("weight_decay",),
+        lambda p, g: reference.sgd(
+            p, g, _constant(0.1), _constant(0.0), decay=growing_decay
+        ),
+        (osc.add_decayed_weights, {"weight_decay": 0.1}, ()),
     ),
     *(
         Transform(
@@ -274,7 +390,7 @@ TRANSFORMS = [
                 optax.scale(-0.1),
             ),
             1.0,
-            ("b1",),
+            ("b1", "b2", "eps"),
             lambda p, g, nesterov=nesterov: reference.adamw(
                 p,
                 g,
@@ -294,10 +410,10 @@ TRANSFORMS = [
             value,
             TOTAL,
             weight_decay=growing_decay,
-            weight_decay_mask=None,
+            mask=None,
         ),
         0.1,
-        ("weight_decay", "momentum", "learning_rate"),
+        ("weight_decay", "momentum", "learning_rate", "cooldown"),
         lambda p, g: reference.sgd(
             p, g, rate, beta, decay=growing_decay, nesterov=True
         ),
@@ -309,11 +425,9 @@ TRANSFORMS = [
     ),
     Transform(
         "onecycle_adamw",
-        lambda value: osc.onecycle_adamw(
-            value, TOTAL, weight_decay=0.1, weight_decay_mask=None
-        ),
+        lambda value: osc.onecycle_adamw(value, TOTAL, weight_decay=0.1, mask=None),
         0.1,
-        ("b1", "weight_decay", "learning_rate"),
+        ("b1", "b2", "eps", "weight_decay", "learning_rate", "cooldown"),
         lambda p, g: reference.adamw(
             p, g, rate, beta, _constant(0.99), decay=_constant(0.1)
         ),
@@ -330,7 +444,7 @@ TRANSFORMS = [
             osc.scale_by_learning_rate(value),
         ),
         0.1,
-        ("learning_rate",),
+        ("learning_rate", "cooldown"),
         lambda p, g: reference.sgd(p, g, _constant(0.1), _constant(0.0)),
         (
             osc.record_gradient_norms,
@@ -345,7 +459,7 @@ TRANSFORMS = [
             osc.scale_by_learning_rate(0.1),
         ),
         1.0,
-        ("learning_rate", "learning_rate/0", "learning_rate/1"),
+        ("multiplier/0", "multiplier/1", "learning_rate", "cooldown"),
         lambda p, g: reference.sgd(
             p,
             g,
@@ -369,7 +483,11 @@ TRANSFORMS = [
             by_name,
         ),
         1.0,
-        ("momentum/1", "learning_rate/1", "momentum/0", "learning_rate/0"),
+        (
+            *("frozen/0", "frozen/1"),
+            *("momentum/0", "learning_rate/0", "cooldown/0"),
+            *("momentum/1", "learning_rate/1", "cooldown/1"),
+        ),
         lambda p, g: reference.thawing(
             p,
             g,
@@ -393,12 +511,14 @@ TRANSFORMS = [
             freeze_steps=THAW,
             warmup_steps=6,
             weight_decay=0.1,
-            weight_decay_mask=None,
+            mask=None,
         ),
         0.1,
         (
-            *("b1/1", "weight_decay/1", "b1/0", "weight_decay/0"),
-            *("learning_rate", "learning_rate/0", "learning_rate/1"),
+            *("frozen/0", "frozen/1"),
+            *("b1/body", "b2/body", "eps/body", "weight_decay/body"),
+            *("b1/head", "b2/head", "eps/head", "weight_decay/head"),
+            *("learning_rate", "learning_rate/0", "learning_rate/1", "cooldown"),
         ),
         lambda p, g: reference.fine_tune(
             p,
@@ -418,28 +538,6 @@ TRANSFORMS = [
             ("total_steps", "freeze_steps", "param_labels"),
         ),
     ),
-    Transform(
-        "start_cooldown",
-        lambda value: _started(
-            osc.triggered_cooldown(
-                lambda t: value * (1 + linear_rate(t)), end_value=0.01
-            ),
-            12,
-        ),
-        0.1,
-        ("cooldown", "learning_rate"),
-        lambda p, g: reference.sgd(
-            p,
-            g,
-            lambda t: reference.cooled(t, _constant(0.11), 12, 12, 0.01, "1-sqrt"),
-            _constant(0.0),
-        ),
-        (
-            lambda schedule: _started(osc.triggered_cooldown(schedule), 12),
-            {"schedule": 0.1},
-            (),
-        ),
-    ),
     *(
         Transform(
             factory.__name__,
@@ -449,7 +547,7 @@ TRANSFORMS = [
                 factory(**arguments),
             ),
             1.0,
-            ("learning_rate",),
+            ("learning_rate", "cooldown"),
             lambda p, g: reference.sgd(p, g, linear_rate, _constant(0.0)),
             (factory, arguments, ("start_step", "every", static)),
         )
@@ -464,19 +562,17 @@ TRANSFORMS = [
         )
     ),
     Transform(
-        "late_decay_sgd",
-        lambda value: osc.late_decay_sgd(
-            value,
-            TOTAL,
-            warmup_steps=4,
-            decay_steps=7,
-            end_learning_rate=0.001,
-            momentum=moving,
+        "sgd",
+        lambda value: osc.sgd(
+            osc.warmup_stable_decay_schedule(
+                value, TOTAL, warmup_steps=4, decay_steps=7, end_value=0.001
+            ),
+            moving,
             weight_decay=growing_decay,
-            weight_decay_mask=None,
+            mask=None,
         ),
         0.1,
-        ("weight_decay", "momentum", "cooldown", "learning_rate"),
+        ("weight_decay", "momentum", "learning_rate", "cooldown"),
         lambda p, g: reference.sgd(
             p,
             g,
@@ -487,38 +583,43 @@ TRANSFORMS = [
             decay=growing_decay,
             nesterov=True,
         ),
-        (
-            osc.late_decay_sgd,
-            {"peak_learning_rate": 0.1, "total_steps": TOTAL, "decay_steps": 7},
-            ("total_steps", "warmup_steps", "decay_steps"),
-        ),
+        (osc.sgd, {"learning_rate": 0.1, "weight_decay": 0.1}, ("nesterov",)),
     ),
     Transform(
-        "late_decay_adamw",
-        lambda value: osc.late_decay_adamw(
-            value,
-            None,
-            warmup_steps=4,
-            init_learning_rate=0.01,
-            weight_decay=0.1,
-            weight_decay_mask=None,
-            average=osc.ema_params(0.9),
+        "adamw",
+        lambda value: optax.chain(
+            osc.adamw(
+                osc.phase_schedule(0.01, [(4, value)]),
+                moving,
+                lambda t: 1 - 0.1 * moving(t),
+                eps=1e-3,
+                weight_decay=growing_decay,
+                mask=None,
+                multipliers={0: 0.5, 1: 2.0},
+                param_labels=by_name,
+                nesterov=True,
+            ),
+            osc.ema_params(0.9),
         ),
         0.1,
-        ("b1", "weight_decay", "cooldown", "learning_rate"),
+        (
+            *("b1", "b2", "eps", "weight_decay"),
+            *("learning_rate", "learning_rate/0", "learning_rate/1", "cooldown"),
+        ),
         lambda p, g: reference.adamw(
             p,
             g,
-            lambda t: min(0.01 + 0.09 * t / 4, 0.1),
-            _constant(0.9),
-            _constant(0.99),
-            decay=_constant(0.1),
+            lambda t: (0.5 if p.ndim > 1 else 2.0) * min(0.01 + 0.09 * t / 4, 0.1),
+            moving,
+            lambda t: 1 - 0.1 * moving(t),
+            1e-3,
+            decay=growing_decay,
+            nesterov=True,
         ),
         (
-            osc.late_decay_adamw,
-            {"peak_learning_rate": 0.1, "total_steps": None}
-            | {"average": osc.swa_params(1)},
-            ("total_steps", "warmup_steps", "average"),
+            osc.adamw,
+            {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.1},
+            ("nesterov",),
         ),
     ),
 ]

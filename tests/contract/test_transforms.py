@@ -244,34 +244,45 @@ def test_reads_back_the_names_it_promises(case, tx):
     assert tuple(osc.read_hyperparams(tx.init(PARAMS))) == case.keys
 
 
-def test_the_count_saturates_and_the_dials_stay_at_their_end(tx, update):
+def test_the_counts_saturate(tx, update):
     last = np.int32(np.iinfo(np.int32).max)
-    state = jax.tree.map(
-        lambda leaf: jnp.asarray(last) if leaf.dtype == last.dtype else leaf,
+
+    def is_count(path, leaf):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return leaf.dtype == last.dtype and "ending" not in names
+
+    state = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(last) if is_count(path, leaf) else leaf,
         tx.init(PARAMS),
     )
     for t in range(2):
         updates, state = update(at(GRADS, t), state, PARAMS)
         chex.assert_tree_all_finite(updates)
-    counts = [x for x in jax.tree.leaves(state) if x.dtype == last.dtype]
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    counts = [leaf for path, leaf in leaves if is_count(path, leaf)]
     assert counts
     assert all(count == last for count in counts)
 
 
-def test_constant_and_schedule_share_one_structure():
-    for make in (
+@pytest.mark.parametrize(
+    "make",
+    [
         osc.scale_by_learning_rate,
         osc.scheduled_trace,
         osc.scale_by_scheduled_adam,
-        functools.partial(osc.onecycle_sgd, 0.1, 10, weight_decay_mask=None),
-    ):
-        name = {"weight_decay": 0.0} if isinstance(make, functools.partial) else None
-        constant = make(**name) if name else make(0.5)
-        scheduled = make(weight_decay=lambda t: 0.5) if name else make(lambda t: 0.5)
-        structures = [
-            types(jax.eval_shape(tx.init, PARAMS)) for tx in (constant, scheduled)
-        ]
-        assert structures[0] == structures[1]
+        osc.add_decayed_weights,
+        lambda value: osc.scale_by_scheduled_adam(0.9, value, eps=value),
+        lambda value: osc.sgd(value, value, weight_decay=value),
+        lambda value: osc.adamw(value, value, value, eps=value, weight_decay=value),
+    ],
+    ids=["rate", "trace", "adam", "decay", "adam_of_b2_and_eps", "sgd", "adamw"],
+)
+def test_constant_and_schedule_share_one_structure(make):
+    constant, scheduled = (
+        types(jax.eval_shape(make(value).init, PARAMS))
+        for value in (0.5, lambda t: 0.5)
+    )
+    assert constant == scheduled
 
 
 def test_onecycle_adamw_keeps_at_most_four_kibibytes_more_than_adamw():
@@ -284,47 +295,60 @@ def test_onecycle_adamw_keeps_at_most_four_kibibytes_more_than_adamw():
     assert size(osc.onecycle_adamw(0.1, 10)) <= size(optax.adamw(0.1)) + 4096
 
 
+def assert_same_run(ready, chain):
+    ours, _ = scan(ready, PARAMS, GRADS, read=nothing)
+    theirs, _ = scan(chain, PARAMS, GRADS, read=nothing)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+BIASES = {"kernel": False, "bias": True}
+RATE = osc.onecycle_schedule(0.1, TOTAL)
+MOMENTUM = osc.onecycle_momentum_schedule(TOTAL)
+DECAYED = optax.add_decayed_weights(0.3, mask=BIASES)
+GROUPS = {"multipliers": {0: 0.5, 1: 2.0}}
+GROUPS["param_labels"] = osc.label_by_path([("kernel", 0), ("bias", 1)])
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_recipes_pass_every_option_on(nesterov):
-    rates = {
-        "warmup_steps": 3,
-        "annihilation_steps": 5,
-        "shape": "linear",
-    }
-    rate = osc.onecycle_schedule(0.1, TOTAL, init_value=0.05, end_value=0.01, **rates)
+def test_sgd_passes_every_option_on(nesterov):
+    options = {"nesterov": nesterov, "accumulator_dtype": jnp.bfloat16}
+    ready = osc.sgd(RATE, MOMENTUM, weight_decay=0.3, mask=BIASES, **GROUPS, **options)
+    chain = optax.chain(
+        DECAYED,
+        osc.scheduled_trace(MOMENTUM, **options),
+        osc.scale_by_group(**GROUPS),
+        optax.scale_by_learning_rate(RATE),
+    )
+    assert_same_run(ready, chain)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_adamw_passes_every_option_on(nesterov):
+    options = {"eps": 0.1, "nesterov": nesterov, "mu_dtype": jnp.bfloat16}
+    ready = osc.adamw(
+        RATE, MOMENTUM, 0.9, weight_decay=0.3, mask=BIASES, **GROUPS, **options
+    )
+    chain = optax.chain(
+        osc.scale_by_scheduled_adam(MOMENTUM, 0.9, **options),
+        DECAYED,
+        osc.scale_by_group(**GROUPS),
+        optax.scale_by_learning_rate(RATE),
+    )
+    assert_same_run(ready, chain)
+
+
+@pytest.mark.parametrize(
+    ("cycle", "plain"), [(osc.onecycle_sgd, osc.sgd), (osc.onecycle_adamw, osc.adamw)]
+)
+def test_recipes_pass_every_option_on(cycle, plain):
+    phases = {"warmup_steps": 3, "annihilation_steps": 5, "shape": "linear"}
+    rate = osc.onecycle_schedule(0.1, TOTAL, init_value=0.05, end_value=0.01, **phases)
     momentum = osc.onecycle_momentum_schedule(
-        TOTAL, max_momentum=0.9, base_momentum=0.7, **rates
+        TOTAL, max_momentum=0.9, base_momentum=0.7, **phases
     )
-    recipe = {
-        "init_learning_rate": 0.05,
-        "end_learning_rate": 0.01,
-        "nesterov": nesterov,
-    }
-    decay = {"weight_decay": 0.3, "weight_decay_mask": {"kernel": False, "bias": True}}
-    decayed = optax.add_decayed_weights(0.3, mask=decay["weight_decay_mask"])
-    sgd = osc.onecycle_sgd(
-        0.1, TOTAL, max_momentum=0.9, base_momentum=0.7,
-        accumulator_dtype=jnp.bfloat16, **recipe, **rates, **decay,
+    rest = {"weight_decay": 0.3, "mask": BIASES, **GROUPS}
+    ready = cycle(
+        0.1, TOTAL, init_learning_rate=0.05, end_learning_rate=0.01,
+        max_momentum=0.9, base_momentum=0.7, **phases, **rest,
     )  # fmt: skip
-    sgd_chain = optax.chain(
-        decayed,
-        osc.scheduled_trace(
-            momentum, nesterov=nesterov, accumulator_dtype=jnp.bfloat16
-        ),
-        optax.scale_by_learning_rate(rate),
-    )
-    adamw = osc.onecycle_adamw(
-        0.1, TOTAL, max_b1=0.9, base_b1=0.7, b2=0.9, eps=0.1,
-        mu_dtype=jnp.bfloat16, **recipe, **rates, **decay,
-    )  # fmt: skip
-    adamw_chain = optax.chain(
-        osc.scale_by_scheduled_adam(
-            momentum, 0.9, eps=0.1, mu_dtype=jnp.bfloat16, nesterov=nesterov
-        ),
-        decayed,
-        optax.scale_by_learning_rate(rate),
-    )
-    for ready, chain in ((sgd, sgd_chain), (adamw, adamw_chain)):
-        ours, _ = scan(ready, PARAMS, GRADS, read=nothing)
-        theirs, _ = scan(chain, PARAMS, GRADS, read=nothing)
-        chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert_same_run(ready, plain(rate, momentum, **rest))

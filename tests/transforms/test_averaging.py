@@ -503,7 +503,7 @@ def test_before_the_first_sample_the_parameters_are_current(tx):
 
 @either
 def test_parameters_and_state_may_be_donated_together(tx):
-    tx = optax.chain(osc.triggered_cooldown(0.1), tx)
+    tx = optax.chain(osc.scale_by_learning_rate(0.1), tx)
 
     def step(params, state):
         updates, state = tx.update(params, state, params)

@@ -40,7 +40,7 @@ def run(tx, k, n, state=None):
     return jax.lax.scan(step, state, jnp.arange(STEPS))[1]
 
 
-MANUAL = osc.triggered_cooldown(0.1, shape="linear")
+MANUAL = osc.scale_by_learning_rate(0.1, cooldown_shape="linear")
 
 # --- a trigger before update k is a plan from the start ------------------------------
 
@@ -58,7 +58,7 @@ PAIRS += [(5, 10**6), (7, INT32_MAX - 7)]
 @pytest.mark.parametrize(("shape", "end"), ENDS)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_trigger_equals_a_plan(schedule, shape, end):
-    tx = osc.triggered_cooldown(schedule, end_value=end, shape=shape)
+    tx = osc.scale_by_learning_rate(schedule, cooldown_end=end, cooldown_shape=shape)
 
     @jax.jit
     def plans():
@@ -74,7 +74,7 @@ def test_a_trigger_equals_a_plan(schedule, shape, end):
 
 def test_rates_by_the_formula():
     """The same against float64, so that the two cannot be wrong together."""
-    tx = osc.triggered_cooldown(SCHEDULES["onecycle"], end_value=0.01)
+    tx = osc.scale_by_learning_rate(SCHEDULES["onecycle"], cooldown_end=0.01)
 
     def cycle(t):
         return reference.onecycle(t, 0.1, 30, 9, 0.004, 1e-3, 0, "cosine")
@@ -90,7 +90,7 @@ def test_rates_by_the_formula():
 @pytest.mark.parametrize("count", [2**24 + 1, INT32_MAX - 50])
 def test_a_trigger_after_a_long_run(count):
     """Float32 no longer holds such counts."""
-    tx = osc.triggered_cooldown(0.1, shape="linear")
+    tx = osc.scale_by_learning_rate(0.1, cooldown_shape="linear")
     state = tx.init(GRAD)._replace(count=jnp.int32(count))
     applied = run(tx, 3, 20, state)
     fractions = np.clip((23 - np.arange(STEPS)) / 20, 0, 1)
@@ -98,15 +98,17 @@ def test_a_trigger_after_a_long_run(count):
 
 
 def test_the_longest_cooldown_neither_overflows_nor_decays():
-    tx = osc.triggered_cooldown(0.1)
+    tx = osc.scale_by_learning_rate(0.1)
     state = tx.init(GRAD)._replace(count=jnp.int32(INT32_MAX - 5))
     rates = run(tx, 2, INT32_MAX, state)["learning_rate"]
     np.testing.assert_allclose(rates, 0.1, rtol=1e-3)
 
 
 def test_an_exponential_decay_from_zero_goes_to_the_end():
-    tx = osc.triggered_cooldown(
-        optax.linear_schedule(0.0, 0.1, 10), end_value=0.01, shape="exponential"
+    tx = osc.scale_by_learning_rate(
+        optax.linear_schedule(0.0, 0.1, 10),
+        cooldown_end=0.01,
+        cooldown_shape="exponential",
     )
     rates = run(tx, 0, 4)["learning_rate"]
     np.testing.assert_array_equal(rates, np.float32([0.0] + [0.01] * (STEPS - 1)))
@@ -115,7 +117,7 @@ def test_an_exponential_decay_from_zero_goes_to_the_end():
 @pytest.mark.parametrize("n", [1, 4])
 def test_the_record_shows_how_much_of_the_cooldown_is_over(n):
     expected = np.clip((np.arange(STEPS) - 5) / n, 0, 1)
-    shown = run(osc.triggered_cooldown(0.1), 5, n)["cooldown"]
+    shown = run(osc.scale_by_learning_rate(0.1), 5, n)["cooldown"]
     np.testing.assert_array_equal(shown, np.float32(expected))
 
 
@@ -127,7 +129,7 @@ CHAINS = {
 }
 
 
-ADAMW = CHAINS["adamw"](osc.triggered_cooldown(0.1))
+ADAMW = CHAINS["adamw"](osc.scale_by_learning_rate(0.1))
 
 
 def quadratic_loss(params):
@@ -156,18 +158,62 @@ def train(tx, begin, end, params=ZEROS, state=None, *, trigger=None):
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 def test_parameters_follow_the_planned_run(chain):
     for schedule in (0.03, optax.linear_schedule(0.0, 0.03, 10)):
-        triggered = chain(osc.triggered_cooldown(schedule))
+        triggered = chain(osc.scale_by_learning_rate(schedule))
         planned = chain(osc.scale_by_learning_rate(osc.with_cooldown(schedule, 30, 18)))
         ours, _ = train(triggered, 0, 30, trigger=(12, 18))
         theirs, _ = train(planned, 0, 30)
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+# --- started again -------------------------------------------------------------------
+
+AGAIN = [("linear", 0.0), ("1-sqrt", 0.01), ("exponential", 1e-4)]
+
+
+@pytest.mark.parametrize(("shape", "end"), AGAIN)
+@pytest.mark.parametrize("length", [1, 6, 20])
+def test_a_second_start_goes_on_from_the_present_rate(shape, end, length):
+    tx = osc.scale_by_learning_rate(
+        SCHEDULES["onecycle"], cooldown_end=end, cooldown_shape=shape
+    )
+
+    @jax.jit
+    def rates():
+        def step(state, t):
+            n = jnp.where(t == 5, 12, jnp.where(t == 11, length, 0))
+            _, state = tx.update(GRAD, osc.start_cooldown(state, n))
+            return state, osc.read_hyperparams(state)["learning_rate"]
+
+        return jax.lax.scan(step, tx.init(GRAD), jnp.arange(STEPS))[1]
+
+    def cycle(t):
+        return reference.onecycle(t, 0.1, 30, 9, 0.004, 1e-3, 0, "cosine")
+
+    def first(t):
+        return reference.cooled(t, cycle, 17, 12, end, shape)
+
+    expected = [
+        reference.cooled(t, first, 11 + length, length, end, shape)
+        for t in range(STEPS)
+    ]
+    np.testing.assert_allclose(rates(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_a_second_start_after_the_end_stays_at_the_end():
+    state = MANUAL.init(GRAD)
+    rates = []
+    for t in range(8):
+        state = osc.start_cooldown(state, 2) if t in (1, 5) else state
+        _, state = MANUAL.update(GRAD, state)
+        rates.append(osc.read_hyperparams(state)["learning_rate"])
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.05, 0, 0, 0, 0, 0], rtol=1e-6)
+
+
 # --- the decision is data ------------------------------------------------------------
 
 
 def test_one_trace_across_the_trigger():
-    tx = osc.triggered_cooldown(0.1)
+    tx = osc.scale_by_learning_rate(0.1)
     chex.clear_trace_counter()
     update = jax.jit(chex.assert_max_traces(tx.update, 1))
     state = tx.init(GRAD)
@@ -178,28 +224,22 @@ def test_one_trace_across_the_trigger():
 
 
 def test_start_cooldown_keeps_structure_and_types():
-    for tx in (osc.triggered_cooldown(0.1), osc.late_decay_adamw(0.1, 10)):
+    for tx in (osc.scale_by_learning_rate(0.1), osc.adamw(0.1)):
         state = tx.init(np.zeros((2, 2), "f"))
         for length in (3, np.int64(3), np.int8(3), jnp.int32(3), np.uint32(3)):
             assert types(osc.start_cooldown(state, length)) == types(state)
 
 
 def test_start_cooldown_leaves_the_given_state_as_it_was():
-    state = osc.triggered_cooldown(0.1).init(GRAD)
+    state = osc.scale_by_learning_rate(0.1).init(GRAD)
     copy = jax.tree.map(np.asarray, state)
     osc.start_cooldown(state, 3)
     assert_same_bits(state, copy)
 
 
-def test_a_second_call_inside_jit_keeps_the_first():
-    state = osc.start_cooldown(osc.triggered_cooldown(0.1).init(GRAD), 3)
-    again = jax.jit(osc.start_cooldown)(state._replace(count=jnp.int32(2)), 7)
-    assert (again.start_step, again.cooldown_steps) == (0, 3)
-
-
 @pytest.mark.parametrize("length", [0, -3])
 def test_a_traced_length_below_one_starts_nothing(length):
-    state = osc.triggered_cooldown(0.1).init(GRAD)
+    state = osc.scale_by_learning_rate(0.1).init(GRAD)
     started = jax.jit(osc.start_cooldown)(state, length)
     chex.assert_trees_all_equal(started, state)
 
@@ -221,7 +261,7 @@ CONTINUE = """
 import sys, jax, jax.numpy as jnp, numpy as np, optax
 import orbax.checkpoint as ocp
 import optax_superconv as osc
-tx = osc.late_decay_adamw(0.1, None)
+tx = osc.adamw(0.1)
 params = jnp.zeros(8)
 with ocp.StandardCheckpointer() as checkpointer:
     params, state = checkpointer.restore(sys.argv[1], (params, tx.init(params)))
@@ -237,7 +277,7 @@ np.save(sys.argv[2], np.asarray(params))
 
 
 def test_a_triggered_run_continues_bit_for_bit_in_a_new_process(tmp_path):
-    tx = osc.late_decay_adamw(0.1, None)
+    tx = osc.adamw(0.1)
     saved = train(tx, 0, 10, trigger=(7, 9))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", saved)
@@ -248,7 +288,7 @@ def test_a_triggered_run_continues_bit_for_bit_in_a_new_process(tmp_path):
 
 
 def test_a_triggered_state_survives_pickle():
-    state = osc.start_cooldown(osc.triggered_cooldown(0.1).init(GRAD), 3)
+    state = osc.start_cooldown(osc.scale_by_learning_rate(0.1).init(GRAD), 3)
     assert_same_bits(pickle.loads(pickle.dumps(state)), state)
 
 
@@ -286,40 +326,39 @@ EXPECTED = np.float32(0.1) * np.float32([1, 1, 1, 0.75, 0.5, 0.25, 0, 0])
 
 @pytest.mark.parametrize("nest", NESTINGS.values(), ids=NESTINGS)
 def test_any_nesting_is_triggered(nest):
-    tx = nest(osc.triggered_cooldown(0.1, shape="linear"))
+    tx = nest(osc.scale_by_learning_rate(0.1, cooldown_shape="linear"))
     np.testing.assert_allclose(loop(tx, 8, (2, 4)), EXPECTED, rtol=1e-6)
 
 
 def test_under_multi_steps_the_steps_are_optimizer_steps():
-    tx = optax.MultiSteps(osc.triggered_cooldown(0.1, shape="linear"), 3)
+    tx = optax.MultiSteps(osc.scale_by_learning_rate(0.1, cooldown_shape="linear"), 3)
     rates = loop(tx, 8, (2, 4), repeats=3)
     np.testing.assert_allclose(rates, EXPECTED, rtol=1e-6)
 
 
 def test_under_inject_hyperparams():
-    tx = optax.inject_hyperparams(osc.triggered_cooldown, static_args="shape")(
-        0.1, shape="linear"
-    )
+    tx = optax.inject_hyperparams(
+        osc.scale_by_learning_rate, static_args=("cooldown_shape", "flip_sign")
+    )(0.1, cooldown_shape="linear")
     np.testing.assert_allclose(loop(tx, 8, (2, 4)), EXPECTED, rtol=1e-6)
 
 
-def two_triggers():
-    trigger = osc.triggered_cooldown(0.1, shape="linear")
-    return optax.partition({0: trigger, 1: trigger}, {"w": 0, "b": 1})
+def two_rates():
+    link = osc.scale_by_learning_rate(0.1, cooldown_shape="linear")
+    return optax.partition({0: link, 1: link}, {"w": 0, "b": 1})
 
 
-def starts(state):
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "start_step"))
-    return [int(node.cooldown_steps) for node in nodes if hasattr(node, "start_step")]
+def pending(state):
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "pending"))
+    return [int(node.pending) for node in nodes if hasattr(node, "pending")]
 
 
-def test_all_triggers_start_or_those_of_the_part_that_is_given():
-    state = two_triggers().init({"w": jnp.ones(3), "b": GRAD})
-    assert starts(osc.start_cooldown(state, 5)) == [5, 5]
+def test_all_rates_cool_down_or_those_of_the_part_that_is_given():
+    state = two_rates().init({"w": jnp.ones(3), "b": GRAD})
+    assert pending(osc.start_cooldown(state, 5)) == [5, 5]
     part = osc.start_cooldown(state.inner_states[1], 5)
     rest = state._replace(inner_states=state.inner_states | {1: part})
-    assert starts(rest) == [0, 5]
-    assert starts(osc.start_cooldown(rest, 7)) == [7, 5]
+    assert pending(rest) == [0, 5]
 
 
 class Net(nnx.Module):
@@ -370,7 +409,7 @@ def test_nnx_optimizer(trigger):
 
 
 def test_linen_train_state():
-    tx = optax.chain(osc.triggered_cooldown(0.1, shape="linear"))
+    tx = optax.chain(osc.scale_by_learning_rate(0.1, cooldown_shape="linear"))
     params = {"w": GRAD}
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
     step = jax.jit(lambda state: state.apply_gradients(grads=params))
@@ -388,13 +427,13 @@ def test_on_a_mesh():
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     alone = np.arange(16, dtype="f")
     params = jax.device_put(alone, sharding)
-    tx = optax.chain(optax.scale_by_adam(), osc.triggered_cooldown(0.1))
+    tx = optax.chain(optax.scale_by_adam(), osc.scale_by_learning_rate(0.1))
     update = jax.jit(tx.update)
 
     def final(params):
         state = tx.init(params)
-        for t in range(6):
-            if t == 2:
+        for t in range(7):
+            if t == 3:  # Until then the shardings of the state settle.
                 traced = update._cache_size()
                 state = osc.start_cooldown(state, 4)
             updates, state = update(params, state, params)
@@ -430,27 +469,27 @@ def test_one_state_forks_into_cooldowns_of_several_lengths():
 
 @pytest.mark.parametrize("lengths", [4, jnp.asarray(LENGTHS), np.asarray(LENGTHS)])
 def test_states_with_a_leading_axis(lengths):
-    tx = osc.triggered_cooldown(0.1)
+    tx = osc.scale_by_learning_rate(0.1)
     states = jax.vmap(tx.init)(np.ones(4, "f"))
     started = osc.start_cooldown(states, lengths)
     assert types(started) == types(states)
     np.testing.assert_array_equal(
-        started.cooldown_steps, np.broadcast_to(lengths, (4,))
+        started.ending.pending, np.broadcast_to(lengths, (4,))
     )
 
 
-def test_a_branch_of_an_nnx_optimizer_leaves_the_stable_state_alone():
+def test_a_clone_of_an_nnx_optimizer_cools_down_alone():
     schedule = osc.phase_schedule(0.0, [(10, 0.1)])
     model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, osc.triggered_cooldown(schedule), wrt=nnx.Param)
+    tx = osc.scale_by_learning_rate(schedule)
+    stable = nnx.Optimizer(model, tx, wrt=nnx.Param)
     grads = nnx.state(model, nnx.Param)
     for _ in range(4):
-        optimizer.update(model, grads)
-    stable = optimizer.opt_state
-    optimizer.opt_state = osc.start_cooldown(stable, 4)
+        stable.update(model, grads)
+    branch = nnx.clone(stable)
+    osc.start_cooldown(branch, 4)
     for _ in range(3):
-        optimizer.update(model, grads)
-    optimizer.opt_state = stable
-    optimizer.update(model, grads)
-    applied = osc.read_hyperparams(optimizer)["learning_rate"]
+        branch.update(model, grads)
+    stable.update(model, grads)
+    applied = osc.read_hyperparams(stable)["learning_rate"]
     np.testing.assert_allclose(applied, 0.04, rtol=1e-6)

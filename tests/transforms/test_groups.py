@@ -300,7 +300,7 @@ def test_before_and_after_the_momentum_of_sgd_is_the_same_for_constants():
 def test_a_finished_optimizer_may_be_scaled():
     params, grads = make_params(*LABELS), make_grads(10, *LABELS)
     tx = optax.chain(
-        osc.onecycle_adamw(0.1, 10, weight_decay=0.2, weight_decay_mask=None),
+        osc.onecycle_adamw(0.1, 10, weight_decay=0.2, mask=None),
         osc.scale_by_group(MULTIPLIERS, by_path),
     )
     history, _ = train(tx, params, grads)
@@ -360,28 +360,27 @@ def rate_of(count):
     return 0.1 / (count + 1)
 
 
-RATES = {
-    "constant": (osc.scale_by_learning_rate(0.1), lambda count: 0.1),
-    "schedule": (osc.scale_by_learning_rate(rate_of), rate_of),
-    "injected": (
-        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=rate_of),
-        rate_of,
-    ),
-}
+def linked(rate, **options):
+    """The rate link with a constant and a scheduled multiplier."""
+    multipliers = {0: 0.25, 1: lambda count: 2.0 + count}
+    return osc.scale_by_learning_rate(
+        rate, multipliers=multipliers, param_labels=by_path, **options
+    )
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize(("apply", "rate"), RATES.values(), ids=RATES)
-def test_reads_the_rate_that_each_group_got(apply, rate, place):
-    scale = osc.scale_by_group({0: 0.25, 1: lambda count: 2.0 + count}, by_path)
-    tx = optax.chain(*((scale, apply) if place == "before" else (apply, scale)))
-    params = make_params(*LABELS)
+RATES = {"constant": (0.1, lambda count: 0.1), "schedule": (rate_of, rate_of)}
+
+
+@pytest.mark.parametrize(("given", "rate"), RATES.values(), ids=RATES)
+def test_reads_the_rate_that_each_group_got(given, rate):
+    tx, params = linked(given), make_params(*LABELS)
     state = tx.init(params)
     for count in (0, 0, 1, 2):
         expected = {
             "learning_rate": rate(count),
             "learning_rate/0": 0.25 * rate(count),
             "learning_rate/1": (2.0 + count) * rate(count),
+            "cooldown": 0.0,
         }
         assert_reads(state, expected)
         if count == 2:
@@ -390,76 +389,151 @@ def test_reads_the_rate_that_each_group_got(apply, rate, place):
 
 
 def test_what_is_read_is_what_was_applied():
-    scale = osc.scale_by_group({0: 0.25, 1: lambda count: 2.0 + count}, by_path)
-    tx = optax.chain(scale, osc.scale_by_learning_rate(rate_of))
+    tx = linked(rate_of)
     params = {"body": {"x": jnp.ones(())}, "head": {"x": jnp.ones(())}}
     state = tx.init(params)
-    for _ in range(3):
+    for count in range(3):
         updates, state = tx.update(params, state, params)
         read = osc.read_hyperparams(state)
+        np.testing.assert_allclose(
+            -updates["body"]["x"], 0.25 * rate_of(count), rtol=1e-6
+        )
         np.testing.assert_allclose(-updates["body"]["x"], read["learning_rate/0"])
         np.testing.assert_allclose(-updates["head"]["x"], read["learning_rate/1"])
 
 
-def test_reads_each_group_inside_partition():
-    inner = optax.chain(
-        osc.scale_by_group({0: 0.25, 1: 2.0}, {"body": 0, "head": 1, "rest": 0}),
-        osc.scale_by_learning_rate(0.1),
+def test_the_rates_of_groups_are_those_of_scaling_by_group():
+    params, grads = make_params(*LABELS), make_grads(4, *LABELS)
+    apart = optax.chain(
+        osc.scale_by_group(MULTIPLIERS, by_path), osc.scale_by_learning_rate(rate_of)
     )
+    joined = osc.scale_by_learning_rate(
+        rate_of, multipliers=MULTIPLIERS, param_labels=by_path
+    )
+    chex.assert_trees_all_close(
+        train(joined, params, grads)[0], train(apart, params, grads)[0], rtol=1e-6
+    )
+
+
+def test_the_rates_of_groups_cool_down_in_proportion():
+    tx, params = linked(0.1, cooldown_end=0.01), make_params(*LABELS)
+    state = tx.init(params)
+    for count in range(9):
+        state = osc.start_cooldown(state, 5) if count == 2 else state
+        _, state = tx.update(params, state, params)
+        rate = reference.cooled(count, lambda t: 0.1, 7, 5, 0.01, "1-sqrt")
+        # Once it cools down, the multipliers are those of the step where it started.
+        assert_reads(
+            state,
+            {
+                "learning_rate": rate,
+                "learning_rate/0": 0.25 * rate,
+                "learning_rate/1": (2.0 + min(count, 2)) * rate,
+                "cooldown": min(max(count - 2, 0) / 5, 1.0),
+            },
+        )
+
+
+PLACES = {"before": lambda scale, rate: (scale, rate)}
+PLACES["after"] = lambda scale, rate: (rate, scale)
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_factors_beside_a_rate_are_read_as_they_are(place):
+    scale = osc.scale_by_group({0: 0.25, 1: lambda count: 2.0 + count}, by_path)
+    tx = optax.chain(*place(scale, osc.scale_by_learning_rate(rate_of)))
+    params = make_params(*LABELS)
+    state = tx.init(params)
+    for count in range(3):
+        _, state = tx.update(params, state, params)
+        assert_reads(
+            state,
+            {
+                "multiplier/0": 0.25,
+                "multiplier/1": 2.0 + count,
+                "learning_rate": rate_of(count),
+                "cooldown": 0.0,
+            },
+        )
+
+
+def test_reads_each_group_inside_partition():
     tx = optax.partition(
-        {"on": inner, "off": osc.scale_by_learning_rate(0.3)},
+        {
+            "on": osc.scale_by_learning_rate(
+                0.1,
+                multipliers={0: 0.25, 1: 2.0},
+                param_labels={"body": 0, "head": 1, "rest": 0},
+            ),
+            "off": osc.scale_by_learning_rate(0.3),
+        },
         {"body": "on", "head": "on", "rest": "off"},
     )
-    state = tx.init({**make_params(*LABELS), "rest": jnp.ones(2)})
-    read = osc.read_hyperparams(state)
-    np.testing.assert_allclose(read["learning_rate/on"], 0.1)
-    np.testing.assert_allclose(read["learning_rate/off"], 0.3)
-    of_groups = sorted(
-        float(value)
-        for name, value in read.items()
-        if {"on", "0"} <= set(name.split("/")) or {"on", "1"} <= set(name.split("/"))
+    assert_reads(
+        tx.init({**make_params(*LABELS), "rest": jnp.ones(2)}),
+        {
+            "learning_rate/on": 0.1,
+            "learning_rate/on/0": 0.025,
+            "learning_rate/on/1": 0.2,
+            "cooldown/on": 0.0,
+            "learning_rate/off": 0.3,
+            "cooldown/off": 0.0,
+        },
     )
-    np.testing.assert_allclose(of_groups, [0.025, 0.2], rtol=1e-6)
 
 
 def test_reads_each_group_around_partition():
     tx = optax.chain(
         optax.partition(
-            {
-                "0": osc.scale_by_learning_rate(0.1),
-                "1": osc.scale_by_learning_rate(0.3),
-            },
-            {"body": "0", "head": "1"},
+            {"a": osc.scheduled_trace(0.8), "b": osc.scheduled_trace(0.9)},
+            {"body": "a", "head": "b"},
         ),
-        osc.scale_by_group({"0": 0.5, "1": 2.0}, {"body": "0", "head": "1"}),
+        osc.scale_by_learning_rate(0.1, multipliers=MULTIPLIERS, param_labels=by_path),
     )
     assert_reads(
-        tx.init(make_params(*LABELS)), {"learning_rate/0": 0.05, "learning_rate/1": 0.6}
+        tx.init(make_params(*LABELS)),
+        {
+            "momentum/a": 0.8,
+            "momentum/b": 0.9,
+            "learning_rate": 0.1,
+            "learning_rate/0": 0.025,
+            "learning_rate/1": 0.2,
+            "cooldown": 0.0,
+        },
     )
 
 
 def test_reads_each_group_around_gradual_unfreezing():
+    """A frozen group reports the rate that it would have."""
     tx = optax.chain(
-        osc.gradual_unfreezing(osc.scale_by_scheduled_adam(0.9), {0: 3, 1: 0}, by_path),
-        osc.scale_by_group(MULTIPLIERS, by_path),
-        osc.scale_by_learning_rate(0.1),
+        osc.gradual_unfreezing(osc.scheduled_trace(0.9), {0: 3, 1: 0}, by_path),
+        osc.scale_by_learning_rate(0.1, multipliers=MULTIPLIERS, param_labels=by_path),
     )
-    expected = {
-        "b1/0": 0.9, "b1/1": 0.9,
-        "learning_rate": 0.1, "learning_rate/0": 0.0, "learning_rate/1": 0.2,
-    }  # fmt: skip
     params = make_params(*LABELS)
     state, update = tx.init(params), jax.jit(tx.update)
-    assert_reads(state, expected)
-    for _ in range(4):
+    for count in range(5):
         _, state = update(params, state, params)
-    assert_reads(state, expected | {"learning_rate/0": 0.025})
+        read = {name: float(x) for name, x in osc.read_hyperparams(state).items()}
+        assert read == pytest.approx(
+            {
+                "frozen/0": float(count < 3),
+                "frozen/1": 0.0,
+                "momentum/0": 0.9,
+                "momentum/1": 0.9,
+                "learning_rate": 0.1,
+                "learning_rate/0": 0.025,
+                "learning_rate/1": 0.2,
+                "cooldown": 0.0,
+            }
+        )
 
 
 def test_reads_each_group_inside_gradual_unfreezing():
-    """The rate of group k is the rate of its own inner state times its factor."""
-    inner = optax.chain(
-        osc.scale_by_group(MULTIPLIERS, by_path), osc.scale_by_learning_rate(rate_of)
+    """Each inner state has the rates of its own clock for the groups it holds."""
+    inner = osc.scale_by_learning_rate(
+        rate_of,
+        multipliers=lambda labels: {k: MULTIPLIERS[k] for k in labels},
+        param_labels=by_path,
     )
     tx = osc.gradual_unfreezing(inner, {0: 2, 1: 0}, by_path)
     params = make_params(*LABELS)
@@ -473,9 +547,8 @@ def test_reads_each_group_inside_gradual_unfreezing():
             updates[name]["bias"], -applied[label] * params[name]["bias"], rtol=1e-5
         )
         np.testing.assert_allclose(
-            read[f"learning_rate/{label}"], applied[label], rtol=1e-5
+            read[f"learning_rate/{label}/{label}"], applied[label], rtol=1e-5
         )
-    assert set(read) == {"learning_rate/0", "learning_rate/1"}
 
 
 def test_an_unknown_rate_leaves_the_multiplier():
@@ -486,13 +559,7 @@ def test_an_unknown_rate_leaves_the_multiplier():
 
 
 def test_reads_each_group_under_jit_and_multi_steps():
-    tx = optax.MultiSteps(
-        optax.chain(
-            osc.scale_by_group(MULTIPLIERS, by_path),
-            osc.scale_by_learning_rate(rate_of),
-        ),
-        2,
-    )
+    tx = optax.MultiSteps(linked(rate_of), 2)
     params = make_params(*LABELS)
 
     @jax.jit
@@ -508,14 +575,9 @@ def test_reads_each_group_under_jit_and_multi_steps():
 
 def test_a_batch_of_states_gives_a_batch_of_rates():
     params = make_params(*LABELS)
-
-    def read(peak):
-        tx = optax.chain(
-            osc.scale_by_group(MULTIPLIERS, by_path), osc.scale_by_learning_rate(peak)
-        )
-        return tx.init(params)
-
-    states = jax.vmap(read)(jnp.array([0.1, 0.2, 0.4]))
+    states = jax.vmap(lambda peak: linked(peak).init(params))(
+        jnp.array([0.1, 0.2, 0.4])
+    )
     np.testing.assert_allclose(
         osc.read_hyperparams(states)["learning_rate/0"], [0.025, 0.05, 0.1], rtol=1e-6
     )
@@ -523,11 +585,10 @@ def test_a_batch_of_states_gives_a_batch_of_rates():
 
 def test_reads_each_group_of_an_nnx_optimizer():
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
-    tx = optax.chain(
-        osc.scale_by_group(
-            {"k": 0.5, "b": 2.0}, osc.label_by_path([("kernel", "k"), ("bias", "b")])
-        ),
-        osc.scale_by_learning_rate(rate_of),
+    tx = osc.scale_by_learning_rate(
+        rate_of,
+        multipliers={"k": 0.5, "b": 2.0},
+        param_labels=osc.label_by_path([("kernel", "k"), ("bias", "b")]),
     )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
@@ -543,12 +604,24 @@ def test_reads_each_group_of_an_nnx_optimizer():
             "learning_rate": rate_of(count),
             "learning_rate/k": 0.5 * rate_of(count),
             "learning_rate/b": 2.0 * rate_of(count),
+            "cooldown": 0.0,
         }
         np.testing.assert_allclose(
             inside["learning_rate/k"], 0.5 * rate_of(count), rtol=1e-5
         )
         assert_reads(optimizer, expected)
         assert_reads(optimizer.opt_state, expected)
+
+
+def test_groups_and_a_constant_rate_share_one_structure_with_schedules():
+    params = make_params(*LABELS)
+    constant = osc.scale_by_learning_rate(
+        0.1, multipliers=MULTIPLIERS, param_labels=by_path
+    )
+    first, second = (
+        types(jax.eval_shape(tx.init, params)) for tx in (constant, linked(rate_of))
+    )
+    assert first == second
 
 
 # --- groups that differ in kind -------------------------------------------------------
@@ -602,10 +675,13 @@ def test_groups_of_two_kinds_give_their_dials_by_label():
         {
             "learning_rate/sgd": 0.2,
             "momentum/sgd": 0.8,
-            "weight_decay/sgd": 0.0,
+            "cooldown/sgd": 0.0,
             "learning_rate/adamw": 0.01,
             "b1/adamw": 0.85,
+            "b2/adamw": 0.99,
+            "eps/adamw": 1e-8,
             "weight_decay/adamw": 0.1,
+            "cooldown/adamw": 0.0,
         },
     )
 
@@ -618,6 +694,16 @@ TREE_LABELS = jax.tree.map(lambda _: 0, make_params(*LABELS)) | {
 }
 MAPPED = {  # and how many arrays of its state are like a parameter
     "scale_by_group": (lambda labels: osc.scale_by_group(MULTIPLIERS, labels), 0),
+    "scale_by_learning_rate": (
+        lambda labels: osc.scale_by_learning_rate(
+            0.1, multipliers=MULTIPLIERS, param_labels=labels
+        ),
+        0,
+    ),
+    "adamw": (
+        lambda labels: osc.adamw(0.1, multipliers=MULTIPLIERS, param_labels=labels),
+        8,
+    ),
     "gradual_unfreezing": (
         lambda labels: osc.gradual_unfreezing(optax.adam(0.1), {0: 3, 1: 0}, labels),
         8,
@@ -651,47 +737,17 @@ def test_map_params_finds_the_parameters_in_a_state(make, arrays, labels):
     chex.assert_trees_all_equal(mapped, state)
 
 
-BY_INDEX = [0, 1, 2, 3]
+def test_factors_of_two_chains_side_by_side_are_numbered():
+    def link(factor, rate, mask):
+        tx = osc.scale_by_learning_rate(
+            rate, multipliers={0: factor, 1: 1.0}, param_labels=[0, 1]
+        )
+        return optax.masked(tx, mask)
 
-
-def test_groups_that_share_a_thaw_step_read_their_own_factor_inside_unfreezing():
-    factors = {0: 0.125, 1: 0.25, 2: 0.5, 3: 1.0}
-    inner = optax.chain(
-        osc.scale_by_group(lambda labels: {k: factors[k] for k in labels}, BY_INDEX),
-        osc.scale_by_learning_rate(0.1),
-    )
-    tx = osc.gradual_unfreezing(inner, {0: 2, 1: 2, 2: 0, 3: 0}, BY_INDEX)
-    params = [jnp.ones(1)] * 4
-    _, state = tx.update(params, tx.init(params), params)
-    expected = {0: 0.0, 1: 0.0, 2: 0.05, 3: 0.1}
-    assert_reads(state, {f"learning_rate/{k}": v for k, v in expected.items()})
-
-
-def test_a_factor_meets_the_rate_of_its_own_chain():
-    """Two chains side by side, each with factors and a rate."""
-
-    def chain(factor, rate, mask):
-        group = osc.scale_by_group({0: factor, 1: 1.0}, [0, 1])
-        return optax.masked(optax.chain(group, osc.scale_by_learning_rate(rate)), mask)
-
-    tx = optax.chain(chain(0.5, 1.0, [True, False]), chain(0.25, 0.125, [False, True]))
+    tx = optax.chain(link(0.5, 1.0, [True, False]), link(0.25, 0.125, [False, True]))
     read = osc.read_hyperparams(tx.init([jnp.ones(1)] * 2))
     assert read["learning_rate/0"] == 0.5
-    assert read["learning_rate/0_2"] == 0.25 * 0.125
-
-
-def test_a_group_frozen_by_either_of_two_reads_as_frozen():
-    tx = optax.chain(
-        osc.gradual_unfreezing(osc.onecycle_sgd(1.0, 10), {0: 3, 1: 0}, [0, 1]),
-        osc.gradual_unfreezing(optax.identity(), {0: 1, 1: 0}, [0, 1]),
-    )
-    params = [jnp.ones(1)] * 2
-    state = tx.init(params)
-    for _ in range(2):
-        _, state = tx.update(params, state, params)
-    read = osc.read_hyperparams(state)
-    assert read["learning_rate/0"] == 0
-    assert read["learning_rate/1"] > 0
+    assert read["learning_rate/0_1"] == 0.25 * 0.125
 
 
 def test_names_read_from_the_outside_in():
@@ -699,7 +755,7 @@ def test_names_read_from_the_outside_in():
         {"kind": osc.fine_tune_adamw(0.1, 10, [0, 1], freeze_steps=3)}, ["kind"] * 2
     )
     read = osc.read_hyperparams(tx.init([jnp.ones(1)] * 2))
-    assert {"learning_rate/kind", "learning_rate/kind/1", "b1/kind/1"} <= set(read)
+    assert {"learning_rate/kind", "learning_rate/kind/1", "b1/kind/head"} <= set(read)
 
 
 @pytest.mark.parametrize(
@@ -800,6 +856,10 @@ def test_multipliers_that_do_not_fit_the_labels_are_refused(multipliers, message
     with pytest.raises(ValueError, match=f"^{message}"):
         osc.scale_by_group(multipliers, LABELS).init(ONES)
     with pytest.raises(ValueError, match=f"^{message}"):
+        osc.scale_by_learning_rate(
+            0.1, multipliers=multipliers, param_labels=LABELS
+        ).init(ONES)
+    with pytest.raises(ValueError, match=f"^{message}"):
         osc.describe_groups(ONES, LABELS, multipliers)
 
 
@@ -838,6 +898,9 @@ OTHERS = {
 }  # fmt: skip
 GUARDED = {
     "scale_by_group": osc.scale_by_group(MULTIPLIERS, lambda _: LABELS),
+    "scale_by_learning_rate": osc.scale_by_learning_rate(
+        0.1, multipliers=MULTIPLIERS, param_labels=lambda _: LABELS
+    ),
     "gradual_unfreezing": osc.gradual_unfreezing(
         optax.sgd(0.1, momentum=0.9), {0: 1, 1: 0}, lambda _: LABELS
     ),
