@@ -34,7 +34,7 @@ def test_an_unknown_name_lists_all_that_there_are(recipe):
         for name in osc.read_hyperparams(state)
         if not name.startswith(("cooldown", "frozen"))
     ]
-    with pytest.raises(ValueError, match=named([*dials, "'lr'"])):
+    with pytest.raises(ValueError, match=named([*dials, "lr"])):
         osc.set_hyperparams(state, {"lr": 0.1})
 
 
