@@ -84,16 +84,19 @@ class Link:
         self.state = self.tx.init({"body": jnp.ones(()), "head": jnp.ones(())})
 
     def step(self, name="learning_rate"):
+        """The rate that one update applies."""
         ones = {"body": jnp.ones(()), "head": jnp.ones(())}
         _, self.state = self.tx.update(ones, self.state)
         return float(osc.read_hyperparams(self.state)[name])
 
     def set(self, **values):
+        """Sets dials, whose names have ``__`` for ``/``."""
         values = {k.replace("__", "/"): v for k, v in values.items()}
         self.state = osc.set_hyperparams(self.state, values)
         return self
 
     def cool(self, steps):
+        """Starts a cooldown."""
         self.state = osc.start_cooldown(self.state, steps)
         return self
 
@@ -111,10 +114,12 @@ class Compiled:
         self.jitted = jax.jit(counted, **options)
 
     def __call__(self, *args):
+        """As the function."""
         return self.jitted(*args)
 
     @property
     def counts(self):
+        """Traces, and compiled programs."""
         return self.traces, self.jitted._cache_size()
 
 

@@ -1,4 +1,4 @@
-"""Is a state its own: its buffers, for a step that donates, and its dicts, for a fork?"""
+"""Are a state's buffers its own, for a step that donates, and its dicts, for a fork?"""
 
 import collections
 

@@ -304,7 +304,9 @@ def test_a_state_forks_into_cooldowns_of_several_lengths():
 @pytest.mark.parametrize("lengths", [3, np.array([1, 3])])
 def test_forks_can_be_told_at_once(lengths):
     tx = osc.scale_by_learning_rate(0.1, cooldown_shape="linear")
-    forks = jax.vmap(lambda rate: osc.set_hyperparams(tx.init(GRAD), {"learning_rate": rate}))
+    forks = jax.vmap(
+        lambda rate: osc.set_hyperparams(tx.init(GRAD), {"learning_rate": rate})
+    )
     state = osc.start_cooldown(forks(jnp.array([0.3, 0.6])), lengths)
     for _ in range(2):
         _, state = jax.vmap(lambda state: tx.update(GRAD, state))(state)

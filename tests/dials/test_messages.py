@@ -48,7 +48,9 @@ def test_of_many_groups_all_are_listed():
         osc.set_hyperparams(tx.init(params), {"learning_rate/48": 0.1})
 
 
-@pytest.mark.parametrize("name", ["learning_rate/body", "learning_rate_1", "B1", 0, None])
+@pytest.mark.parametrize(
+    "name", ["learning_rate/body", "learning_rate_1", "B1", 0, None]
+)
 def test_almost_a_name(name):
     with pytest.raises(ValueError, match="learning_rate"):
         osc.set_hyperparams(ADAMW, {name: 0.1})
@@ -84,7 +86,9 @@ def test_freezing_follows_from_thaw_steps(recipe, value):
         osc.set_hyperparams(state, {"frozen/0": value})
 
 
-@pytest.mark.parametrize("values", [None, 0.1, [("learning_rate", 0.1)], {"learning_rate"}])
+@pytest.mark.parametrize(
+    "values", [None, 0.1, [("learning_rate", 0.1)], {"learning_rate"}]
+)
 def test_values_that_are_no_dict(values):
     with pytest.raises(TypeError, match="`values` must be a dict"):
         osc.set_hyperparams(ADAMW, values)
@@ -178,7 +182,9 @@ def test_an_array_where_there_is_one_number(shape):
 
 def test_an_array_of_another_length_than_the_fork():
     tx = osc.sgd(0.1)
-    fork = jax.vmap(lambda r: osc.set_hyperparams(tx.init(PARAMS), {"learning_rate": r}))
+    fork = jax.vmap(
+        lambda r: osc.set_hyperparams(tx.init(PARAMS), {"learning_rate": r})
+    )
     with pytest.raises(ValueError, match=r"learning_rate.*\(3,\)"):
         osc.set_hyperparams(fork(jnp.zeros(3)), {"learning_rate": np.full(2, 0.1)})
 
@@ -209,7 +215,9 @@ def test_what_cannot_cool_down(tx):
         osc.start_cooldown(tx.init(PARAMS), 3)
 
 
-@pytest.mark.parametrize("state", [optax.adam(0.1).init(PARAMS), (), {"x": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "state", [optax.adam(0.1).init(PARAMS), (), {"x": 1.0}], ids=str
+)
 def test_what_has_nothing_to_restart(state):
     with pytest.raises(ValueError, match="schedules"):
         osc.restart_schedules(state)
@@ -278,7 +286,10 @@ OTHERS = {
         osc.scale_by_group({"a": 1.0, "b": 1.0}, {"body": "a", "head": "b"}),
         osc.scale_by_group({0: 1.0, 1: 1.0}, LABELS),
     ),
-    "adam for rate": (osc.scale_by_learning_rate(0.1), osc.scale_by_scheduled_adam(0.9)),
+    "adam for rate": (
+        osc.scale_by_learning_rate(0.1),
+        osc.scale_by_scheduled_adam(0.9),
+    ),
     "rate for momentum": (osc.scheduled_trace(0.9), osc.scale_by_learning_rate(0.1)),
     "optax.adamw": (osc.adamw(0.1), optax.adamw(0.1)),
     "optax.sgd": (osc.sgd(0.1), optax.sgd(0.1, 0.9)),

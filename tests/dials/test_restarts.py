@@ -56,7 +56,10 @@ RUNS |= {
 def two_runs(tx, between=osc.restart_schedules, steps=RUN, **options):
     """What each of two runs has read."""
     _, read, _ = follow(tx, 2 * steps, {steps: between}, **options)
-    return [{k: v[part] for k, v in read.items()} for part in (slice(steps), slice(steps, None))]
+    return [
+        {k: v[part] for k, v in read.items()}
+        for part in (slice(steps), slice(steps, None))
+    ]
 
 
 @pytest.mark.parametrize("make", RUNS.values(), ids=RUNS)
@@ -65,10 +68,10 @@ def test_the_second_run_applies_the_dials_of_the_first(make):
     jax.tree.map(np.testing.assert_array_equal, second, first)
 
 
-@pytest.mark.parametrize("make", RUNS.values(), ids=RUNS)
-def test_restarted_in_the_middle_of_jit(make):
+@pytest.mark.parametrize("run", ["groups", "fine_tune-freeze", "inject-sgd", "link"])
+def test_restarted_in_the_middle_of_jit(run):
     """As above, decided inside the program."""
-    tx = make()
+    tx = RUNS[run]()
 
     @jax.jit
     def run():
@@ -219,7 +222,9 @@ OPTAX = {
     "sgd": lambda: optax.sgd(falling),
     "decay": lambda: optax.add_decayed_weights(falling),
     "scale_by_schedule": lambda: optax.scale_by_schedule(falling),
-    "chain": lambda: optax.chain(optax.add_decayed_weights(falling), optax.sgd(falling)),
+    "chain": lambda: optax.chain(
+        optax.add_decayed_weights(falling), optax.sgd(falling)
+    ),
     "masked": lambda: optax.masked(
         optax.sgd(falling), lambda tree: jax.tree.map(lambda _: True, tree)
     ),
@@ -251,7 +256,9 @@ def test_adams_count_is_no_schedule():
 def test_of_inject_hyperparams_constants_that_were_set_stay():
     tx = optax.inject_hyperparams(osc.sgd)(learning_rate=falling, momentum=0.5)
     actions = {1: setting("momentum", 0.7), 3: osc.restart_schedules}
-    np.testing.assert_array_equal(rates(tx, 5, actions, "momentum")[3:], np.float32(0.7))
+    np.testing.assert_array_equal(
+        rates(tx, 5, actions, "momentum")[3:], np.float32(0.7)
+    )
 
 
 def test_of_inject_hyperparams_adams_count_stays():
@@ -288,7 +295,9 @@ def test_a_thawed_group_keeps_its_moments_through_a_restart():
     state = warm(tx)
     again = osc.restart_schedules(state)
     for label in (0, 1):
-        old, new = (s.inner_state.inner_states[label].inner_state for s in (state, again))
+        old, new = (
+            s.inner_state.inner_states[label].inner_state for s in (state, again)
+        )
         assert_same_bits((new[0].mu, new[0].nu_weight), (old[0].mu, old[0].nu_weight))
 
 
