@@ -166,7 +166,11 @@ def dials_of(state: Any) -> dict[str, Any]:
     return getattr(state, "hyperparams", None) or getattr(state, "dials", {})
 
 
-def _has_record(node: Any) -> bool:
+RECORDS = ("hyperparams", "dials", "holds")  # Fields of a state.
+
+
+def has_record(node: Any) -> bool:
+    """Whether this is a state with a record."""
     return isinstance(node, INJECTED) or (
         isinstance(node, tuple)
         and (isinstance(getattr(node, "holds", None), Holds) or hasattr(node, "facts"))
@@ -192,9 +196,13 @@ def map_records(
     """
 
     def is_stop(node: Any) -> bool:
-        return _has_record(node) or isinstance(node, (optax.PartitionState, *more))
+        return has_record(node) or isinstance(node, (optax.PartitionState, *more))
 
     def replaced(node: Any) -> Any:
+        if _trees.is_box(node):
+            (content,) = _trees.children_of(node)
+            new = map_records(function, content, more, suffix)
+            return node if new is content else _trees.assigned(node, new)
         if isinstance(node, optax.PartitionState):
             inner = {
                 label: map_records(function, state, more, f"{suffix}/{label}")
@@ -252,14 +260,6 @@ def entries_in(places: Sequence[Place]) -> Iterator[Entry]:
             yield Entry(unique, k, key, is_dial)
 
 
-def find_states(opt_state: Any, *kinds: type) -> dict[str, Any]:
-    """The states of these kinds at any nesting, by their path."""
-    found = jax.tree_util.tree_leaves_with_path(
-        opt_state, is_leaf=lambda node: isinstance(node, kinds)
-    )
-    return {_trees.path_of(path): x for path, x in found if isinstance(x, kinds)}
-
-
 def states_in(opt_state: Any) -> str:
     """For a message: which kinds of states there are."""
     kinds: dict[str, None] = {}
@@ -277,7 +277,9 @@ def check_structured(opt_state: Any) -> None:
     """Raises if this is a state whose containers have become dicts and lists."""
 
     def is_bare(node: Any) -> bool:
-        return isinstance(node, Mapping) and {"holds", "facts"} & {*node} != set()
+        keys = {*node} if isinstance(node, Mapping) else set()
+        injected = {"hyperparams", "inner_state"} <= keys
+        return injected or not keys.isdisjoint({"holds", "facts"})
 
     nodes = jax.tree.leaves(opt_state, is_leaf=is_bare)
     if any(map(is_bare, nodes)):

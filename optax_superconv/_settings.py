@@ -77,7 +77,9 @@ def _checked_value(
     rule = _RULES.get(key.partition("/")[0], _checks.FINITE)
     if _checks.number(name, value, rule) is not None:
         # Once more as it is applied: what is below 1 may be 1 in float32.
-        _checks.number(name, np.asarray(value).astype(dtype), rule)
+        with np.errstate(over="ignore"):
+            narrow = np.asarray(value).astype(dtype)
+        _checks.number(name, narrow, rule)
     array = jnp.asarray(value)
     fits = array.ndim <= len(shape) and all(
         n in (1, m) for n, m in zip(array.shape[::-1], shape[::-1], strict=False)
@@ -93,20 +95,21 @@ def held(place: Place, values: Values, write: Write) -> Any:
     at = np.array([names.index(key) for key in values])
     written, flags, old = map(_trees.array_of, state.holds)
     found = found_in(state)
-    given = [
-        found[..., k] if x is None else x
-        for k, x in zip(at, values.values(), strict=True)
-    ]
-    are_held = np.array([value is not None for value in values.values()])
+    new = old
+    for k, value in zip(at, values.values(), strict=True):
+        if value is not None:
+            new = jnp.where(np.arange(len(names)) == k, value[..., None], new)
+    mine = np.isin(np.arange(len(names)), at)
+    are_held = np.array([values.get(name) is not None for name in names])
     holds = _dials.Holds(
         # What has been written into the record before is not looked at again.
-        written.at[..., at].set(_dials.bits(found[..., at])),
-        flags.at[..., at].set(are_held),
-        old.at[..., at].set(jnp.stack(given, -1)),
+        jnp.where(mine, _dials.bits(found), written),
+        jnp.where(mine, are_held, flags),
+        new,
     )
     state = state._replace(holds=_dials.Holds(*map(write, state.holds, holds)))
     if hasattr(state, "ending"):  # What is set now outranks what was decided before.
-        lifts = _trees.array_of(state.ending.lifts).at[..., at].set(False)
+        lifts = jnp.where(mine, False, _trees.array_of(state.ending.lifts))
         ending = state.ending._replace(lifts=write(state.ending.lifts, lifts))
         state = state._replace(ending=ending)
     return state
@@ -172,8 +175,7 @@ def set_hyperparams(opt_state: Any, values: Mapping[str, ArrayLike | None]) -> A
 
     Raises:
       ValueError: If the state does not hold such a name (the names that it holds are
-        listed), if the name is one of a fact (``cooldown``, ``frozen/<label>``), or if
-        a value is out of range for its name.
+        listed), or if the name is one of a fact (``cooldown``, ``frozen/<label>``).
 
     Examples:
       >>> import jax.numpy as jnp

@@ -58,6 +58,11 @@ def is_position(node: Any) -> bool:
     return node is None or is_hole(node) or is_box(node)
 
 
+def children_of(node: Any) -> list[Any]:
+    """What lies directly in a node of a tree."""
+    return jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+
+
 def array_of(leaf: Any) -> jax.Array:
     """The array of a leaf, out of its box if it has one, where it can be used."""
     (array,) = jax.tree.leaves(leaf)
@@ -98,9 +103,8 @@ def placed_as(array: jax.Array, leaf: Any) -> jax.Array:
     """The array with the dtype of a leaf's, on its devices and in its memory."""
     (old,) = jax.tree.leaves(leaf)
     array = array.astype(old.dtype)
-    if isinstance(array, jax.core.Tracer) or not isinstance(old, jax.Array):
-        return array
-    if isinstance(old, jax.core.Tracer):
+    traced = isinstance(array, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
+    if traced or not isinstance(old, jax.Array):
         return array
     same = array.sharding == old.sharding and array.committed == old.committed
     return array if same else jax.device_put(array, old.sharding)
@@ -207,6 +211,11 @@ def difference(lost: Collection[Names], new: Collection[Names]) -> str:
     )
 
 
+def is_unknown(tree: Any) -> bool:
+    """Whether this is what ``optax.tree.map_params`` has in place of parameters."""
+    return not jax.tree.leaves(tree) and not isinstance(tree, dict | list | tuple)
+
+
 def is_masked(tree: Any) -> bool:
     """Whether leaves have been taken out by ``optax.masked`` or ``partition``."""
     return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_position)))
@@ -257,6 +266,10 @@ def labels_of(param_labels: Labels | LabelFn, params: Any) -> list[Any]:
     return labels
 
 
+# Some libraries turn functions into pytrees, as which an Equinox module is labels.
+_IS_TREE = " What can be called but is a pytree is read as one; trees of labels work."
+
+
 def _labels_by_path(tree: Labels, labels: list[Any], params: Any) -> list[Any]:
     """The same where the labels are in other containers, or a prefix."""
 
@@ -285,6 +298,7 @@ def _labels_by_path(tree: Labels, labels: list[Any], params: Any) -> list[Any]:
             "`param_labels` must have the structure of the parameters, or be a prefix "
             f"of it, got {' and '.join(reasons)}. A function `params -> labels`, such "
             "as `label_by_path(rules)`, has the right structure by itself."
+            + (_IS_TREE if callable(tree) else "")
         )
     return labels
 

@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
+from optax_superconv._dials import value_at
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.recipes._optimizers import adamw, decay_link
 from optax_superconv.schedules._onecycle import onecycle
@@ -85,7 +86,8 @@ def fine_tune_adamw(
       The optimizer. :func:`read_hyperparams` reads what it reads of :func:`adamw`, with
       ``learning_rate/<label>`` of every group. If ``freeze_steps`` is not 0 it reads
       ``frozen/<label>`` too, and what belongs to the moments once for the last group
-      and once for all others, as ``b1/head`` and ``b1/body``.
+      and once for all others, as ``b1/head`` and ``b1/body``, also while those are
+      frozen.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -145,7 +147,9 @@ def fine_tune_adamw(
     def after_rise(then: optax.Schedule, low: Any, high: Any) -> optax.Schedule:
         """The cycle, and before it one more way to its peak."""
         rise = phase_schedule(low, [Phase(freeze_steps, high, shape)])
-        return optax.join_schedules([rise, then], [freeze_steps])
+        # In one dtype: strict promotion joins no others.
+        parts = [lambda count, s=s: value_at(s, count) for s in (rise, then)]
+        return optax.join_schedules(cast(Any, parts), [freeze_steps])
 
     peak, init = cast(jax.Array, peak_learning_rate), init_learning_rate
     learning_rate = after_rise(learning_rate, peak / 25 if init is None else init, peak)
@@ -155,7 +159,8 @@ def fine_tune_adamw(
         scale_by_scheduled_adam(b1, 0.99), *decay_link(weight_decay, mask)
     )
     moments = adam_from(freeze_steps, b1, 0.99)
-    decays = optax.chain(*decay_link(_after(freeze_steps, weight_decay), mask))
+    later = decay_link(_after(freeze_steps, weight_decay), mask)
+    decays = optax.chain(optax.identity(), *later)
 
     def body(count: jax.Array) -> optax.GradientTransformation:
         frozen = frozen_until(freeze_steps, decays, count, before_rate=True)

@@ -147,8 +147,8 @@ def _check_norms(gradient_norms: Any, at_least: int) -> np.ndarray:
     _checks.require(
         np.all(good),
         name,
-        "finite and at least 0 (a record is NaN where its run did not get, or met no "
-        "finite norm; `norms[np.isfinite(norms)]` leaves these out)",
+        "finite and at least 0 (a record is -1 where its run did not get, or met no "
+        "finite norm; `norms[norms >= 0]` leaves these out)",
         f"{norms[first]} at index {first}",
     )
     return norms

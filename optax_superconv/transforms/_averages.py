@@ -109,7 +109,7 @@ def _average(
             {name: averages},
         )
 
-    return link(init_fn, update_fn)
+    return link(AverageState, init_fn, update_fn)
 
 
 def average_params(

@@ -10,7 +10,7 @@ import optax
 
 from optax_superconv import _checks, _trees
 from optax_superconv._checks import listed
-from optax_superconv._dials import find_states, states_in
+from optax_superconv._dials import states_in
 from optax_superconv._numerics import wide_dtype
 from optax_superconv._trees import Names
 from optax_superconv.transforms._averages import AverageState
@@ -82,7 +82,7 @@ def eval_params(
     """
     found = [
         (name_there, at, state, tree)
-        for at, state in find_states(opt_state, AverageState, SnapshotState).items()
+        for at, state in _find_states(opt_state, AverageState, SnapshotState).items()
         for name_there, tree in state[-1].items()
     ]
     rule = "of an optimizer with an average"
@@ -128,3 +128,11 @@ def eval_params(
         jax.tree.structure(params, is_leaf=_trees.is_box),
         [averaged(*item) for item in _trees.named_leaves(params)],
     )
+
+
+def _find_states(opt_state: Any, *kinds: type) -> dict[str, Any]:
+    """The states of these kinds at any nesting, by their path."""
+    found = jax.tree_util.tree_leaves_with_path(
+        opt_state, is_leaf=lambda node: isinstance(node, kinds)
+    )
+    return {_trees.path_of(path): x for path, x in found if isinstance(x, kinds)}

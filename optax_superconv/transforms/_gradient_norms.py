@@ -17,7 +17,7 @@ class RecordGradientNormsState(NamedTuple):
     """State of :func:`record_gradient_norms`."""
 
     count: jax.Array  # (), int32
-    gradient_norms: jax.Array  # (samples,), float32; NaN where nothing is recorded
+    gradient_norms: jax.Array  # (samples,), float32; -1 where nothing is recorded
     num_in_sample: jax.Array  # (), int32; norms in the mean of the current sample
 
 
@@ -44,8 +44,8 @@ def record_gradient_norms(
         allow, and each sample is the mean of the finite norms of its part.
 
     Returns:
-      The transformation. A sample is NaN until it is reached, or if no norm of its
-      part was finite.
+      The transformation. A sample is -1 until it is reached, or if no norm of its part
+      was finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -83,7 +83,7 @@ def record_gradient_norms(
         del params
         return RecordGradientNormsState(
             count=jnp.zeros([], jnp.int32),
-            gradient_norms=jnp.full([samples], jnp.nan, jnp.float32),
+            gradient_norms=jnp.full([samples], -1, jnp.float32),
             num_in_sample=jnp.zeros([], jnp.int32),
         )
 
@@ -113,4 +113,4 @@ def record_gradient_norms(
             ),
         )
 
-    return link(init_fn, update_fn)
+    return link(RecordGradientNormsState, init_fn, update_fn)

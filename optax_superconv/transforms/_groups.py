@@ -134,7 +134,7 @@ def scale_by_group(
             increment(count), dials, holds, state.skeleton
         )
 
-    return link(init_fn, update_fn)
+    return link(ScaleByGroupState, init_fn, update_fn)
 
 
 def grouped(
@@ -148,7 +148,7 @@ def grouped(
         ("param_labels", param_labels, "multipliers"),
     ):
         _checks.require(value is not None, name, f"given with `{other}`", None)
-    if not _trees.is_function(multipliers):
+    if not callable(multipliers):
         multipliers = _checked_multipliers(multipliers)
 
     def groups_of(tree: Any) -> Groups:
@@ -162,7 +162,7 @@ def grouped(
             [by_name[name] for name in names],
             [at[str(label)] for label in labels],
             _trees.skeleton_of(tree),
-            not names and not isinstance(tree, dict | list | tuple),
+            not names and _trees.is_unknown(tree),
         )
 
     return groups_of
@@ -201,7 +201,7 @@ def _checked_multipliers(multipliers: Any) -> dict[Any, optax.ScalarOrSchedule]:
 
 def _multipliers_of(multipliers: Any, labels: list[Any], params: Any) -> dict[Any, Any]:
     """The dict of multipliers, checked against the labels of ``params``."""
-    if _trees.is_function(multipliers):
+    if callable(multipliers):
         if not labels:
             return {}
         known = _trees.check_labels(labels)
@@ -250,7 +250,7 @@ def describe_groups(
         *zip(_trees.paths_of(params), map(str, labels), strict=True),
     ]
     if multipliers is not None:
-        if not _trees.is_function(multipliers):
+        if not callable(multipliers):
             _checked_multipliers(multipliers)
         values = _multipliers_of(multipliers, labels, params)
         at_start = (

@@ -216,7 +216,7 @@ def scale_by_learning_rate(
             state.skeleton,
         )
 
-    return link(init_fn, update_fn)
+    return link(ScaleByLearningRateState, init_fn, update_fn)
 
 
 def _names(labels: list[str]) -> list[str]:

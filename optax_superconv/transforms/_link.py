@@ -25,13 +25,24 @@ class ScheduledState(NamedTuple):
     holds: _dials.Holds
 
 
+def check_state(state: Any, kind: type) -> None:
+    """Raises unless this is the state of such a transformation."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"`state` must be what `init` of this transformation makes, a "
+            f"{kind.__name__}, got a {type(state).__name__}. A checkpoint is restored "
+            "into the structure of `tx.init(params)`."
+        )
+
+
 def link(
+    kind: type[State],
     init_fn: optax.TransformInitFn,
     update: Callable[
         [optax.Updates, State, optax.Params | None], tuple[optax.Updates, State]
     ],
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that has no use for extra arguments."""
+    """A transformation with such a state that has no use for extra arguments."""
 
     def update_fn(
         updates: optax.Updates,
@@ -40,6 +51,7 @@ def link(
         **extra_args: Any,
     ) -> tuple[optax.Updates, State]:
         del extra_args
+        check_state(state, kind)
         return update(updates, cast(State, state), params)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -86,4 +98,4 @@ def scheduled_link(
         new_state = ScheduledState(increment(state.count), dials, holds)
         return apply(now, updates, params), new_state
 
-    return link(init_fn, update_fn)
+    return link(ScheduledState, init_fn, update_fn)

@@ -141,7 +141,7 @@ def scheduled_trace(
             holds,
         )
 
-    return link(init_fn, update_fn)
+    return link(ScheduledTraceState, init_fn, update_fn)
 
 
 def scale_by_scheduled_adam(
@@ -295,4 +295,4 @@ def adam_from(
             holds,
         )
 
-    return link(init_fn, update_fn)
+    return link(ScaleByScheduledAdamState, init_fn, update_fn)

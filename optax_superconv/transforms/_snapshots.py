@@ -103,4 +103,4 @@ def lawa_params(
             {name: snapshots},
         )
 
-    return link(init_fn, update_fn)
+    return link(SnapshotState, init_fn, update_fn)

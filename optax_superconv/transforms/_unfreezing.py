@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_superconv import _checks, _trees
+from optax_superconv import _checks, _dials, _trees
 from optax_superconv._numerics import increment
 from optax_superconv._trees import LabelFn, Labels
-from optax_superconv.transforms._link import check_transformation, is_transformation
+from optax_superconv.transforms._link import (
+    check_state,
+    check_transformation,
+    is_transformation,
+)
 
 
 class GradualUnfreezingState(NamedTuple):
@@ -161,9 +165,12 @@ def unfreezing(
     def init_fn(params: optax.Params) -> GradualUnfreezingState:
         names, steps = look_at(params)
         count = jnp.zeros([], jnp.int32)
+        facts = facts_at(count, steps)
+        if _trees.is_unknown(params):  # A single leaf matches whatever dict there is.
+            facts = cast(dict[str, jax.Array], count < 0)
         return GradualUnfreezingState(
             count,
-            facts_at(count, steps),
+            facts,
             cast(optax.PartitionState, inner_at(count, names).init(params)),
             _trees.skeleton_of(params),
         )
@@ -174,6 +181,7 @@ def unfreezing(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradualUnfreezingState]:
+        check_state(state, GradualUnfreezingState)
         state = cast(GradualUnfreezingState, state)
         _trees.check_skeleton(updates, state.skeleton)
         names, steps = look_at(updates)
@@ -226,9 +234,29 @@ def frozen_until(
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
         thawed = count >= step
         updates = _choose(thawed, new_updates, still(new_updates))
-        return updates, _choose(thawed, new_state, state)
+        return updates, _choose_state(thawed, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _choose_state(condition: jax.Array, new: Any, old: Any) -> Any:
+    """``new`` if ``condition`` else ``old``; of records always ``new``.
+
+    What is frozen is at its step 0, and in ``new`` its records are of that step.
+    """
+
+    def choose(new: Any, old: Any) -> Any:
+        if not _dials.has_record(new):
+            return _choose(condition, new, old)
+        chosen = {
+            name: value
+            if name in _dials.RECORDS
+            else _choose_state(condition, value, getattr(old, name))
+            for name, value in new._asdict().items()
+        }
+        return type(new)(**chosen)
+
+    return jax.tree.map(choose, new, old, is_leaf=_dials.has_record)
 
 
 def _choose(condition: jax.Array, new: Any, old: Any) -> Any:

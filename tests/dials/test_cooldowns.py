@@ -231,11 +231,23 @@ def test_set_and_started_before_one_update_it_falls_from_what_was_set():
     np.testing.assert_allclose(rates, [0.4, 0.3, 0.2, 0.1, 0.0], rtol=1e-6)
 
 
-def test_written_and_started_before_one_update_it_falls_from_what_was_written():
-    link = Link(0.1, cooldown_shape="linear").cool(4)
+def written(link):
     link.state.hyperparams["learning_rate"] = jnp.float32(0.4)
+    return link
+
+
+def test_written_and_started_before_one_update_it_falls_from_what_was_written():
+    link = written(Link(0.1, cooldown_shape="linear")).cool(4)
     rates = [link.step() for _ in range(5)]
     np.testing.assert_allclose(rates, [0.4, 0.3, 0.2, 0.1, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("act", [written, lambda link: link.set(learning_rate=0.4)])
+def test_what_is_set_after_the_start_outranks_it_before_one_update_too(act):
+    link = act(Link(0.1, cooldown_shape="linear").cool(4))
+    assert [link.step() for _ in range(2)] == [np.float32(0.4)] * 2
+    rates = [link.set(learning_rate=None).step() for _ in range(3)]
+    np.testing.assert_allclose(rates, [0.05, 0.025, 0.0], rtol=1e-6)
 
 
 # --- again ----------------------------------------------------------------------------

@@ -70,27 +70,25 @@ def test_an_outer_schedule_overwrites_what_is_written(make, jit):
     np.testing.assert_allclose(values, [falling(t) for t in range(4)], rtol=1e-6)
 
 
-@jitted
 @pytest.mark.parametrize("rate", [0.1, falling], ids=["constant", "schedule"])
-def test_what_is_written_inside_is_not_looked_at(rate, jit):
+def test_what_is_written_inside_is_not_looked_at_under_jit(rate):
     def written(state):
         state.inner_state.hyperparams["learning_rate"] = jnp.float32(0.7)
         return state
 
-    values = applied(MADE["link"](rate), 3, {1: written}, jit)
+    values = applied(MADE["link"](rate), 3, {1: written}, jit=True)
     expected = [float(rate(t)) if callable(rate) else rate for t in range(3)]
     np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
-@jitted
-def test_the_outer_dict_rules_in_bfloat16(jit):
+def test_the_outer_dict_rules_in_bfloat16_under_jit():
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     actions = {
         1: lambda state: optax.tree.set(state, learning_rate=0.3),
         3: outer(0.2),
     }
     tx = optax.inject_hyperparams(osc.scale_by_learning_rate)(learning_rate=0.1)
-    values = applied(tx, 5, actions, jit, half)
+    values = applied(tx, 5, actions, True, half)
     expected = jnp.bfloat16(jnp.array([0.1, 0.3, 0.3, 0.2, 0.2]))
     np.testing.assert_array_equal(values, expected.astype(jnp.float32))
 

@@ -186,7 +186,7 @@ def test_on_a_mesh_it_is_traced_once(make, axis_type):
         return optax.apply_updates(params, updates), state
 
     step, state = Compiled(step), tx.init(params)
-    for _ in range(2):  # From the first step on scalars are on all devices.
+    for _ in range(3):  # From the first step on scalars are on all devices.
         params, state = step(params, state, params)
     counts, like = step.counts, kinds(state)
     for act in ACTIONS.values():
