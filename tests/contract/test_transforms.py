@@ -24,7 +24,19 @@ GRADS = jax.tree.map(np.asarray, make_grads(STEPS))
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(params=TRANSFORMS, ids=lambda case: case.name, scope="module")
+# Rows that vary another row.
+VARIANTS = {"sgd", "adamw", "scale_by_learning_rate-cooling"}
+VARIANTS |= {"scale_by_learning_rate-groups", "scale_by_learning_rate-groups-cooling"}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(case, marks=[pytest.mark.slow] * (case.name in VARIANTS))
+        for case in TRANSFORMS
+    ],
+    ids=lambda case: case.name,
+    scope="module",
+)
 def case(request):
     return request.param
 

@@ -11,6 +11,8 @@ from dialed import LABELS, Link, falling
 
 import optax_superconv as osc
 
+pytestmark = pytest.mark.slow
+
 TOTAL, STEPS = 20, 32
 MULTIPLIERS = {0: 0.25, 1: 3.0}
 GRAD = {"body": np.ones((), np.float32), "head": np.ones((), np.float32)}

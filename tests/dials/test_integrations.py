@@ -27,6 +27,8 @@ from flax import nnx
 
 import optax_superconv as osc
 
+pytestmark = pytest.mark.slow
+
 GRAD = at(GRADS, 0)
 ALL = RECIPES | UNFREEZING
 

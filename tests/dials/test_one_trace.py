@@ -25,6 +25,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_superconv as osc
 
+pytestmark = pytest.mark.slow
+
 GRAD = at(GRADS, 0)
 GROUPED = functools.partial(
     osc.onecycle_sgd, 0.1, TOTAL, multipliers=MULTIPLIERS, param_labels=LABELS

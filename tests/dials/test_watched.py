@@ -20,6 +20,8 @@ from dialed import (
 
 import optax_superconv as osc
 
+pytestmark = pytest.mark.slow
+
 GRAD = at(GRADS, 0)
 ALL = RECIPES | UNFREEZING
 

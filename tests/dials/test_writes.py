@@ -12,6 +12,8 @@ from dialed import GRADS, LABELS, PARAMS, RECIPES, falling, follow, rates, setti
 
 import optax_superconv as osc
 
+pytestmark = pytest.mark.slow
+
 GRAD = at(GRADS, 0)
 
 
