@@ -130,6 +130,16 @@ def scalar(
     return float(array)
 
 
+def single_number(name: str, value: Any, rule: Rule = FINITE) -> None:
+    """Checks a number without axes, which may be traced."""
+    number(name, value, rule)
+    if np.ndim(value):
+        shape = np.shape(value)
+        raise TypeError(
+            f"`{name}` must be a single number, got an array of shape {shape}."
+        )
+
+
 def number_or_schedule(
     name: str,
     value: Any,
@@ -137,7 +147,7 @@ def number_or_schedule(
 ) -> None:
     """Checks a constant. A schedule passes: its values are known only at run time."""
     if not callable(value):
-        number(name, value, rule)
+        single_number(name, value, rule)
 
 
 def function(name: str, value: Any) -> None:

@@ -46,7 +46,13 @@ class Holds(NamedTuple):
 
 def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
     """The value of a constant or a schedule at ``count``, in float32."""
-    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+    number = jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+    if number.ndim:
+        raise TypeError(
+            "A hyperparameter must be a single number at each step, got one of shape "
+            f"{number.shape} from {value!r}."
+        )
+    return number
 
 
 def bits(values: jax.Array) -> jax.Array:
@@ -66,7 +72,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def stacked(values: Sequence[Any]) -> jax.Array:
     """Numbers as one float32 vector."""
-    numbers = [jnp.asarray(value, jnp.float32) for value in values]
+    numbers = [value_at(value, jnp.int32(0)) for value in values]
     return jnp.stack(numbers) if numbers else jnp.zeros(0, jnp.float32)
 
 
@@ -278,15 +284,15 @@ def check_structured(opt_state: Any) -> None:
 
     def is_bare(node: Any) -> bool:
         keys = {*node} if isinstance(node, Mapping) else set()
-        injected = {"hyperparams", "inner_state"} <= keys
-        return injected or not keys.isdisjoint({"holds", "facts"})
+        ours = "count" in keys and not keys.isdisjoint({"holds", "facts"})
+        return ours or {"hyperparams", "inner_state"} <= keys
 
     nodes = jax.tree.leaves(opt_state, is_leaf=is_bare)
     if any(map(is_bare, nodes)):
         raise ValueError(
             "`opt_state` must be in the containers that `init` made, got dicts in "
             "their place, as of a checkpoint that was restored without them. Restore "
-            "it into the structure of `tx.init(params)`."
+            "it into the structure of `tx.init(params)`, or merge what was split."
         )
 
 

@@ -80,6 +80,10 @@ def _checked_value(
         with np.errstate(over="ignore"):
             narrow = np.asarray(value).astype(dtype)
         _checks.number(name, narrow, rule)
+        whole = jnp.issubdtype(dtype, jnp.inexact) or np.all(narrow == value)
+        integer = f"a whole number, as the one before is of dtype {dtype}"
+        _checks.require(whole, name, integer, value)
+        value = narrow
     array = jnp.asarray(value)
     fits = array.ndim <= len(shape) and all(
         n in (1, m) for n, m in zip(array.shape[::-1], shape[::-1], strict=False)
@@ -120,7 +124,7 @@ def found_in(state: Any) -> jax.Array:
     record = _dials.dials_of(state)
     names = _dials.in_order(record)
     arrays = [_trees.array_of(record[name]).astype(jnp.float32) for name in names]
-    return jnp.stack(arrays, -1)
+    return jnp.stack(arrays, -1) if arrays else jnp.zeros(0, jnp.float32)
 
 
 def _injected(

@@ -102,7 +102,7 @@ def assigned(leaf: Any, value: Any) -> Any:
 def placed_as(array: jax.Array, leaf: Any) -> jax.Array:
     """The array with the dtype of a leaf's, on its devices and in its memory."""
     (old,) = jax.tree.leaves(leaf)
-    array = array.astype(old.dtype)
+    array = array.astype(jnp.result_type(old))
     traced = isinstance(array, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
     if traced or not isinstance(old, jax.Array):
         return array

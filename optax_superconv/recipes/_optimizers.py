@@ -58,8 +58,8 @@ def sgd(
       learning_rate: A finite number, or a schedule ``count -> rate``.
       momentum: :math:`\mu` in [0, 1), or a schedule.
       nesterov: Whether to use Nesterov momentum.
-      weight_decay: Strength :math:`\lambda` of at least 0, or a schedule. A constant 0
-        is a chain without that link, which needs no parameters in ``update``.
+      weight_decay: Strength :math:`\lambda` of at least 0, or a schedule. A Python or
+        NumPy 0 is a chain without that link, which needs no parameters in ``update``.
       mask: What is decayed; see :func:`add_decayed_weights`.
       multipliers: Factors of the rates of groups; see :func:`scale_by_learning_rate`.
       param_labels: Which parameter is in which group; see :func:`scale_by_group`.
@@ -137,8 +137,8 @@ def adamw(
       eps: Number that is added to the root of the second moment, at least 0, or a
         schedule.
       weight_decay: Strength :math:`\lambda` of at least 0, or a schedule; see
-        :func:`add_decayed_weights`. A constant 0 is a chain without that link, which
-        needs no parameters in ``update``.
+        :func:`add_decayed_weights`. A Python or NumPy 0 is a chain without that link,
+        which needs no parameters in ``update``.
       mask: What is decayed; see :func:`add_decayed_weights`.
       multipliers: Factors of the rates of groups; see :func:`scale_by_learning_rate`.
       param_labels: Which parameter is in which group; see :func:`scale_by_group`.

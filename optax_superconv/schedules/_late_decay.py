@@ -164,7 +164,8 @@ def with_cooldown(
     total = _checks.steps("total_steps", total_steps, at_least=1)
     of = "total_steps", total
     length = _checks.steps("cooldown_steps", cooldown_steps, at_least=1, at_most=of)
-    _checks.number_or_schedule("schedule", schedule)
+    if not callable(schedule):
+        _checks.number("schedule", schedule)
     _checks.number("end_value", end_value)
     _phases.check_shape("shape", shape)
     begin = total - length

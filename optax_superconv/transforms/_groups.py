@@ -154,7 +154,9 @@ def grouped(
     def groups_of(tree: Any) -> Groups:
         labels = _trees.labels_of(cast(Labels, param_labels), tree)
         by_label = _multipliers_of(multipliers, labels, tree)
-        names = _dials.in_order(map(str, by_label))
+        # In the order of the full names, `kind/<label>`.
+        full = _dials.in_order(f"/{label}" for label in by_label)
+        names = [name.removeprefix("/") for name in full]
         by_name = {str(label): value for label, value in by_label.items()}
         at = {name: k for k, name in enumerate(names)}
         return Groups(

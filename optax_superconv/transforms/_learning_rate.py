@@ -121,7 +121,7 @@ def scale_by_learning_rate(
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2 (rates of groups).
     """
     _checks.number_or_schedule("learning_rate", learning_rate)
-    _checks.number("cooldown_end", cooldown_end)
+    _checks.single_number("cooldown_end", cooldown_end)
     check_shape("cooldown_shape", cooldown_shape)
     if cooldown_shape == "exponential":
         check_positive("cooldown_end", cooldown_end)

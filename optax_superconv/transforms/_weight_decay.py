@@ -90,11 +90,18 @@ def add_decayed_weights(
             chosen = _is_matrix(params)
         elif callable(mask) and is_function(mask):
             chosen = mask(params)
+        try:
+            where = jax.tree.map(
+                lambda m, g: jax.tree.map(lambda _: m, g), chosen, updates
+            )
+        except ValueError as error:
+            raise ValueError(
+                "`mask` must be a tree of bools like the parameters, or a prefix of "
+                f"one, or a function that makes one, got {mask!r}. (What can be called "
+                "but is a pytree is read as one; trees of bools work.)"
+            ) from error
         return jax.tree.map(
-            lambda m, g, p: jax.tree.map(decayed, g, p) if m else g,
-            chosen,
-            updates,
-            params,
+            lambda m, g, p: decayed(g, p) if m else g, where, updates, params
         )
 
     return scheduled_link("weight_decay", weight_decay, apply)

@@ -25,7 +25,8 @@ assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e
 
 
 # Rows that vary another row.
-VARIANTS = {"sgd", "adamw", "scale_by_learning_rate-cooling"}
+VARIANTS = {"sgd", "adamw", "onecycle_sgd", "scale_by_learning_rate-cooling"}
+VARIANTS |= {"scheduled_trace-True", "scale_by_scheduled_adam-True"}
 VARIANTS |= {"scale_by_learning_rate-groups", "scale_by_learning_rate-groups-cooling"}
 
 
