@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_superconv import _checks, _dials, _trees
@@ -196,8 +195,6 @@ def _checked_multipliers(multipliers: Any) -> dict[Any, optax.ScalarOrSchedule]:
     for label, multiplier in multipliers.items():
         name = f"multipliers[{label!r}]"
         _checks.number_or_schedule(name, multiplier, _checks.NON_NEGATIVE)
-        if not callable(multiplier) and np.ndim(multiplier):
-            raise TypeError(f"`{name}` must be a single number, got {multiplier}.")
     return dict(multipliers)
 
 
