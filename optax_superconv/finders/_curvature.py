@@ -154,10 +154,10 @@ def _lanczos(
     noise = [
         jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, start, strict=True)
     ]
-    noise = _unit(noise)
-    both = [a + b for a, b in zip(_unit(rescale(gradient(start))), noise, strict=True)]
-    cancels = _dot(both, both) < 1e-6  # As two opposite numbers do.
-    v = _unit([jnp.where(cancels, b, a) for a, b in zip(both, noise, strict=True)])
+    halves = [*zip(_unit(rescale(gradient(start))), _unit(noise), strict=True)]
+    both = [a + b for a, b in halves]
+    keep = jnp.where(_dot(both, both) < 1e-6, 0, 1)  # Two opposite numbers cancel.
+    v = _unit([keep.astype(a.dtype) * a + b for a, b in halves])
     basis = [jnp.stack([jnp.zeros_like(a)] * num_iterations) for a in v]
     carry = basis, v, jnp.zeros_like(_dot(v, v))
     _, (alphas, betas, done) = jax.lax.scan(iterate, carry, jnp.arange(num_iterations))
