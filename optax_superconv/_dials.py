@@ -89,6 +89,7 @@ def elements(values: jax.Array, count: jax.Array) -> list[jax.Array]:
     def at(vector: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(vector, (index,), (1,)).reshape(())
 
+    values = values / one
     places = [at(np.array([k, k + 1], np.uint32), zero) for k in range(len(values))]
     return [at(values, place) / one for place in places]
 
