@@ -7,7 +7,7 @@ the decision, and ``jax.vmap`` forks one state into several.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.core
@@ -127,23 +127,24 @@ def found_in(state: Any) -> jax.Array:
     return jnp.stack(arrays, -1) if arrays else jnp.zeros(0, jnp.float32)
 
 
-def _injected(
-    place: Place, values: Mapping[str, jax.Array | None], write: Write
-) -> Any:
+def _check_injected(state: Any, key: str, value: Any) -> None:
+    """Raises if ``optax.inject_hyperparams`` would not keep to what is set."""
+    scheduled = key in getattr(state, "hyperparams_states", {})
+    rule = "a hyperparameter that `optax.inject_hyperparams` does not overwrite"
+    because = f"{key!r}, which is set at every update from the schedule given to it"
+    _checks.require(not scheduled, "values", rule, because)
+    if value is None:
+        raise ValueError(
+            f"`values` must have a number for {key!r}, a constant of "
+            "`optax.inject_hyperparams`, got None: no schedule follows."
+        )
+
+
+def _injected(place: Place, values: Values, write: Write) -> Any:
     """A state of ``optax.inject_hyperparams`` with these values."""
-    new = {**place.state.hyperparams}
-    for key, value in values.items():
-        rule = "a hyperparameter that `optax.inject_hyperparams` does not overwrite"
-        scheduled = key in getattr(place.state, "hyperparams_states", {})
-        because = f"{key!r}, which is set at every update from the schedule given to it"
-        _checks.require(not scheduled, "values", rule, because)
-        none = f"a number for {key!r}, a constant of `optax.inject_hyperparams`"
-        if value is None:
-            raise ValueError(
-                f"`values` must have {none}, got None: no schedule follows."
-            )
-        new[key] = write(new[key], value)
-    return place.state._replace(hyperparams=new)
+    old = place.state.hyperparams
+    new = {key: write(old[key], cast(jax.Array, x)) for key, x in values.items()}
+    return place.state._replace(hyperparams={**old, **new})
 
 
 def set_hyperparams(opt_state: Any, values: Mapping[str, ArrayLike | None]) -> Any:
@@ -216,6 +217,8 @@ def set_hyperparams(opt_state: Any, values: Mapping[str, ArrayLike | None]) -> A
                 f"`values` must have names of dials ({dials}), got {name!r}, which "
                 f"cannot be set: {remedy}."
             )
+        if isinstance(places[place].state, _dials.INJECTED):
+            _check_injected(places[place].state, key, value)
         if value is not None:
             shape, dtype = _form(places[place].state, key)
             value = _checked_value(f"values[{name!r}]", value, key, shape, dtype)

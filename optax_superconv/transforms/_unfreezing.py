@@ -254,9 +254,8 @@ def _choose_state(condition: jax.Array, new: Any, old: Any) -> Any:
             else _choose_state(condition, value, getattr(old, name))
             for name, value in new._asdict().items()
         }
-        if hasattr(
-            old, "ending"
-        ):  # A cooldown waits for the thaw, and so what it lifts.
+        # A cooldown waits for the thaw, and so what it lifts.
+        if hasattr(old, "ending"):
             waits = ~condition & (old.ending.pending > 0)
             held = new.holds.held | (old.holds.held & waits)
             chosen["holds"] = new.holds._replace(held=held)

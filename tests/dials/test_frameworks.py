@@ -141,6 +141,16 @@ def test_a_bad_value_leaves_an_nnx_optimizer_alone():
     np.testing.assert_allclose(applied(model, optimizer), falling(0), rtol=1e-6)
 
 
+def test_a_scheduled_name_leaves_an_nnx_optimizer_alone():
+    tx = optax.inject_hyperparams(osc.adamw)(falling, weight_decay=0.02)
+    optimizer = make_optimizer(tx)
+    optimizer = optimizer[1] if isinstance(optimizer, tuple) else optimizer
+    with pytest.raises(ValueError, match="does not overwrite"):
+        osc.set_hyperparams(optimizer, {"weight_decay": 0.5, "learning_rate": 0.1})
+    read = osc.read_hyperparams(optimizer)
+    assert read["weight_decay"] == np.float32(0.02)
+
+
 def test_a_variable_that_holds_a_whole_state():
     """As where a loop keeps it in a module of its own."""
     tx = osc.sgd(falling)
