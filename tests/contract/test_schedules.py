@@ -16,10 +16,21 @@ import optax_superconv as osc
 INT32_MAX = np.iinfo(np.int32).max
 COUNTS = np.arange(60, dtype=np.int32)
 
-every = pytest.mark.parametrize("case", SCHEDULES, ids=lambda case: case.name)
-ending = pytest.mark.parametrize(
-    "case", [c for c in SCHEDULES if c.total], ids=lambda case: case.name
-)
+# Rows that vary another row.
+VARIANTS = {"onecycle-linear-6-14", "onecycle-linear-0-0", "onecycle-quadratic-6-0"}
+VARIANTS |= {"pair-learning_rate", "pair-momentum", "cyclical-triangular2"}
+
+
+def rows(cases):
+    params = [
+        pytest.param(case, marks=[pytest.mark.slow] * (case.name in VARIANTS))
+        for case in cases
+    ]
+    return pytest.mark.parametrize("case", params, ids=lambda case: case.name)
+
+
+every = rows(SCHEDULES)
+ending = rows([case for case in SCHEDULES if case.total])
 
 
 def reference_values(case, counts):

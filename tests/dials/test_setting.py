@@ -78,6 +78,7 @@ def test_held_from_a_step_on_is_a_schedule_of_that_value(dial):
     assert_same_bits(read, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dial", DIALS)
 def test_the_dial_of_a_constant_can_be_set(dial):
     name, make, kind, value = DIALS[dial]
@@ -239,6 +240,7 @@ def test_a_frozen_group_reports_a_rate_and_does_not_act():
 EIGHT = np.float32(np.geomspace(1e-3, 1.0, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [osc.onecycle_sgd, osc.onecycle_adamw])
 def test_vmapped_over_rates_it_is_as_many_runs(make):
     tx = make(0.1, 10)
@@ -263,6 +265,7 @@ def test_vmapped_over_rates_it_is_as_many_runs(make):
     )
 
 
+@pytest.mark.slow
 def test_a_forked_state_is_set_at_once_or_one_by_one():
     tx = osc.sgd(0.1)
     fork = jax.vmap(lambda r: osc.set_hyperparams(tx.init(PARAMS), {"momentum": r}))

@@ -98,7 +98,9 @@ def test_without_freezing_each_rate_is_that_of_onecycle_adamw_times_a_factor():
 
 def test_the_default_warmup_is_three_tenths_of_what_is_left():
     assert WARMUP == round(0.3 * (TOTAL - FREEZE))
-    chex.assert_trees_all_equal(run(warmup_steps=None)[0], run()[0])
+    # Two programs: XLA may round the same operations apart.
+    ours, theirs = run(warmup_steps=None)[0], run()[0]
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_default_decay_is_that_of_ulmfit():
