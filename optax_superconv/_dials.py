@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from optax_superconv import _trees
+from optax_superconv._numerics import once
 
 Record = dict[str, jax.Array]  # (), float32 each; what the last update applied
 
@@ -76,24 +77,6 @@ def stacked(values: Sequence[Any]) -> jax.Array:
     return jnp.stack(numbers) if numbers else jnp.zeros(0, jnp.float32)
 
 
-def elements(values: jax.Array, count: jax.Array) -> list[jax.Array]:
-    """The elements of a vector, each computed once and by the same kernel.
-
-    XLA would compute them anew in the kernels of all leaves, which costs time to
-    compile. It does not repeat a division, and as it cannot know that no count is
-    negative, it knows neither that this one is by 1 nor which element is taken.
-    """
-    zero = count.astype(jnp.uint32) >> 31
-    one = 1 + zero.astype(values.dtype)
-
-    def at(vector: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(vector, (index,), (1,)).reshape(())
-
-    values = values / one
-    places = [at(np.array([k, k + 1], np.uint32), zero) for k in range(len(values))]
-    return [at(values, place) / one for place in places]
-
-
 def written(
     names: Sequence[str], values: Sequence[jax.Array], holds: Holds
 ) -> tuple[Record, Holds]:
@@ -150,7 +133,7 @@ def applied(
     names = in_order(given)
     base = stacked([value_at(given[name], count) for name in names])
     holds = noticed(names, record, holds, base, [given[name] for name in names])
-    values = elements(jnp.where(holds.held, holds.values, base), count)
+    values = [*once(jnp.where(holds.held, holds.values, base), count)]
     return values, *written(names, values, holds)
 
 

@@ -1,4 +1,4 @@
-"""In which dtype is it computed, and in which is it kept?
+"""In which dtype is it computed, in which is it kept, and how often is it computed?
 
 Hyperparameters are float32, and what they act on is at least that; a result goes back
 to the dtype of the leaf that it came from.
@@ -63,3 +63,33 @@ def increment(count: jax.Array) -> jax.Array:
     """The next count, which stays at the last int32."""
     # Optax annotates the result as loosely as the argument.
     return cast(jax.Array, optax.safe_increment(count))
+
+
+def once(values: jax.Array, count: jax.Array) -> jax.Array:
+    """A vector of numbers that a compiled update computes once, before its leaves.
+
+    A kernel per leaf that takes one vector is cheaper than one that takes each number
+    by itself, and XLA would compute cheap numbers anew in all of them. It does not
+    repeat a division, and does not know that no count is negative and this one by 1.
+    """
+    return values / (1 + _sign(count).astype(values.dtype))
+
+
+def elements(values: jax.Array, count: jax.Array) -> list[jax.Array]:
+    """The elements of such a vector for leaves that use one each, by the same kernels.
+
+    A kernel that knew which element it takes could serve no other leaf, and there
+    would be one per group to compile.
+    """
+    zero = _sign(count)
+
+    def at(vector: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(vector, (index,), (1,)).reshape(())
+
+    values = once(values, count)
+    places = [at(np.array([k, k + 1], np.uint32), zero) for k in range(len(values))]
+    return [once(at(values, place), count) for place in places]
+
+
+def _sign(count: jax.Array) -> jax.Array:
+    return count.astype(jnp.uint32) >> 31  # 0, as far as we know

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_superconv import _checks, _dials, _trees
-from optax_superconv._numerics import increment, scale
+from optax_superconv._numerics import elements, increment, scale
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.transforms._link import link
 
@@ -127,7 +127,7 @@ def scale_by_group(
             names, state.dials, state.holds, base, groups.multipliers
         )
         factors = jnp.where(holds.held, holds.values, base)
-        of_group = _dials.elements(factors, count)
+        of_group = elements(factors, count)
         dials, holds = _dials.written(names, of_group, holds)
         return scale_groups(of_group, groups, updates), ScaleByGroupState(
             increment(count), dials, holds, state.skeleton

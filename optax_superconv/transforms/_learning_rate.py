@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks, _dials, _trees
-from optax_superconv._numerics import increment, scale
+from optax_superconv._numerics import elements, increment, scale
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.schedules._phases import Shape, check_positive, check_shape, move
 from optax_superconv.transforms._groups import grouped, scale_groups
@@ -200,7 +200,7 @@ def scale_by_learning_rate(
         steps = jnp.maximum(cooldown.cooldown_steps, 1).astype(jnp.float32)
         over = jnp.where(starts, 0, elapsed.astype(jnp.float32) / steps)
         holds = holds._replace(held=holds.held & ~(starts & cooldown.lifts))
-        of_group = _dials.elements(rates, count)
+        of_group = elements(rates, count)
         hyperparams, holds = _dials.written(names, of_group, holds)
         signed = [-rate for rate in of_group] if flip_sign else of_group
         if groups.names:

@@ -30,6 +30,7 @@ from optax_superconv import _checks, _dials
 from optax_superconv._numerics import (
     increment,
     narrow,
+    once,
     times,
     weight_after,
     wide_dtype,
@@ -254,6 +255,18 @@ def adam_from(
         mu_weight = weight_after(state.mu_weight, gain1)
         nu_weight = weight_after(state.nu_weight, gain2)
         weights = mu_weight, nu_weight
+        if thaw_step:  # Nothing is divided by 0 before it.
+            mu_weight, nu_weight = (
+                jnp.where(weight > 0, weight, 1) for weight in (mu_weight, nu_weight)
+            )
+        # These are scalars, so that each leaf needs one division and not two.
+        of_mu, of_g = 1 / mu_weight, jnp.zeros_like(mu_weight)
+        if nesterov:
+            next_beta1 = jnp.where(holds.held[0], beta1, _dials.value_at(b1, count))
+            of_mu = next_beta1 / (next_beta1 * mu_weight + (1 - next_beta1))
+            of_g = gain1 / mu_weight
+        numbers = jnp.stack([gain1, gain2, of_mu, of_g, 1 / nu_weight, epsilon])
+        gain1, gain2, of_mu, of_g, of_nu, epsilon = once(numbers, state.count)
 
         def first_moment(g: ArrayLike, m: jax.Array) -> jax.Array:
             wide = widen(g)
@@ -268,22 +281,12 @@ def adam_from(
 
         mu = map_updates(first_moment, updates, state.mu, otherwise=_kept)
         nu = map_updates(second_moment, updates, state.nu, otherwise=_kept)
-        if thaw_step:  # Nothing is divided by 0 before it.
-            mu_weight, nu_weight = (
-                jnp.where(weight > 0, weight, 1) for weight in (mu_weight, nu_weight)
-            )
-        # These are scalars, so that each leaf needs one division and not two.
-        mu_scale, g_scale = 1 / mu_weight, None
-        if nesterov:
-            next_beta1 = jnp.where(holds.held[0], beta1, _dials.value_at(b1, count))
-            mu_scale = next_beta1 / (next_beta1 * mu_weight + (1 - next_beta1))
-            g_scale = gain1 / mu_weight
 
         def rescale(g: ArrayLike, m: jax.Array, v: jax.Array) -> jax.Array:
-            numerator = times(mu_scale, m)
-            if g_scale is not None:
-                numerator = numerator + times(g_scale, widen(g))
-            root = jnp.sqrt(times(1 / nu_weight, v)) + epsilon.astype(v.dtype)
+            numerator = times(of_mu, m)
+            if nesterov:
+                numerator = numerator + times(of_g, widen(g))
+            root = jnp.sqrt(times(of_nu, v)) + epsilon.astype(v.dtype)
             return narrow(numerator / root.astype(numerator.dtype), g)
 
         return map_updates(rescale, updates, mu, nu), ScaleByScheduledAdamState(
