@@ -6,6 +6,8 @@ to the dtype of the leaf that it came from.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -47,8 +49,17 @@ def times(value: jax.Array, wide: jax.Array) -> jax.Array:
 
 
 def scale(factor: jax.Array, updates: optax.Updates) -> optax.Updates:
-    """A float32 factor times each update, which keep their dtypes."""
-    return jax.tree.map(lambda g: narrow(times(factor, widen(g)), g), updates)
+    """A float32 factor times each update, which keep their dtypes.
+
+    A vector has a factor for each index of an update's leading axis.
+    """
+
+    def scaled(g: ArrayLike) -> jax.Array:
+        wide = widen(g)
+        along = factor.ndim and (-1, *(wide.ndim - 1) * (1,))
+        return narrow(times(factor.reshape(along) if along else factor, wide), g)
+
+    return jax.tree.map(scaled, updates)
 
 
 def weight_after(weight: Weight, gain: Weight) -> Weight:
@@ -75,10 +86,12 @@ def once(values: jax.Array, count: jax.Array) -> jax.Array:
     return values / (1 + _sign(count).astype(values.dtype))
 
 
-def elements(values: jax.Array, count: jax.Array) -> list[jax.Array]:
-    """The elements of such a vector for leaves that use one each, by the same kernels.
+def elements(
+    values: jax.Array, count: jax.Array, shapes: Sequence[tuple[int, ...]]
+) -> list[jax.Array]:
+    """The numbers and vectors of such a vector, by the same kernels for all numbers.
 
-    A kernel that knew which element it takes could serve no other leaf, and there
+    A kernel that knew which number it takes could serve no other leaf, and there
     would be one per group to compile.
     """
     zero = _sign(count)
@@ -86,9 +99,37 @@ def elements(values: jax.Array, count: jax.Array) -> list[jax.Array]:
     def at(vector: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(vector, (index,), (1,)).reshape(())
 
+    def element(k: int) -> jax.Array:
+        return once(at(values, at(np.array([k, k + 1], np.uint32), zero)), count)
+
     values = once(values, count)
-    places = [at(np.array([k, k + 1], np.uint32), zero) for k in range(len(values))]
-    return [once(at(values, place), count) for place in places]
+    return [
+        values[begin:end] if shape else element(begin)
+        for begin, end, shape in _extents(shapes)
+    ]
+
+
+def joined(arrays: Iterable[jax.Array], axes: int = 0) -> jax.Array:
+    """Numbers and vectors as one float32 vector, behind axes that all of them have."""
+    flat = [
+        array.astype(jnp.float32).reshape(*array.shape[:axes], -1) for array in arrays
+    ]
+    return jnp.concatenate(flat, -1) if flat else jnp.zeros(0, jnp.float32)
+
+
+def split(values: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """The numbers and vectors that have been joined."""
+    return [
+        values[..., begin:end] if shape else values[..., begin]
+        for begin, end, shape in _extents(shapes)
+    ]
+
+
+def _extents(
+    shapes: Sequence[tuple[int, ...]],
+) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int).tolist()
+    return zip([0, *ends[:-1]], ends, shapes, strict=True)
 
 
 def _sign(count: jax.Array) -> jax.Array:

@@ -160,7 +160,11 @@ def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
             f"an array of shape {length.shape}",
         )
         holds = _dials.Holds(*map(_trees.array_of, place.state.holds))
-        written = _dials.bits(_settings.found_in(place.state)) != holds.written
+        written = _dials.of_dials(
+            jnp.any,
+            _dials.bits(_settings.found_in(place.state)) != holds.written,
+            _settings.shapes_in(place.state),
+        )
         lifts = jnp.where(
             (length > 0)[..., None],
             holds.held | written,

@@ -6,6 +6,7 @@ the decision, and ``jax.vmap`` forks one state into several.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from jax.typing import ArrayLike
 
 from optax_superconv import _checks, _dials, _trees
 from optax_superconv._dials import Place
+from optax_superconv._numerics import joined, split
 
 _RULES = {
     **dict.fromkeys(("momentum", "b1", "b2"), _checks.DECAY),
@@ -67,7 +69,8 @@ def _form(state: Any, key: str) -> tuple[tuple[int, ...], Any]:
     if isinstance(state, _dials.INJECTED):
         old = _trees.array_of(state.hyperparams[key])
         return old.shape, old.dtype
-    return _trees.array_of(state.holds.held).shape[:-1], jnp.float32
+    batch = _trees.array_of(state.holds.held).shape[:-1]
+    return (*batch, *shapes_in(state)[key]), jnp.float32
 
 
 def _checked_value(
@@ -95,16 +98,15 @@ def _checked_value(
 
 def held(place: Place, values: Values, write: Write) -> Any:
     """One of our states that holds these values, or none where there is None."""
-    state, names = place.state, _dials.in_order(_dials.dials_of(place.state))
-    at = np.array([names.index(key) for key in values])
+    state, shapes = place.state, shapes_in(place.state)
     written, flags, old = map(_trees.array_of, state.holds)
     found = found_in(state)
-    new = old
-    for k, value in zip(at, values.values(), strict=True):
-        if value is not None:
-            new = jnp.where(np.arange(len(names)) == k, value[..., None], new)
-    mine = np.isin(np.arange(len(names)), at)
-    are_held = np.array([values.get(name) is not None for name in names])
+    parts = dict(zip(shapes, split(old, [*shapes.values()]), strict=True))
+    parts.update({key: x for key, x in values.items() if x is not None})
+    new = joined(parts.values(), old.ndim - 1)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    mine = np.repeat([name in values for name in shapes], sizes)
+    are_held = np.repeat([values.get(name) is not None for name in shapes], sizes)
     holds = _dials.Holds(
         # What has been written into the record before is not looked at again.
         jnp.where(mine, _dials.bits(found), written),
@@ -119,12 +121,24 @@ def held(place: Place, values: Values, write: Write) -> Any:
     return state
 
 
+def shapes_in(state: Any) -> _dials.Shapes:
+    """The shapes of a record, without the axes of a ``vmap``."""
+    record, axes = _dials.dials_of(state), _trees.array_of(state.holds.held).ndim - 1
+    return {
+        name: _trees.array_of(record[name]).shape[axes:]
+        for name in _dials.in_order(record)
+    }
+
+
 def found_in(state: Any) -> jax.Array:
     """The record as one vector, in float32 whatever has been written there."""
-    record = _dials.dials_of(state)
+    record, held = _dials.dials_of(state), _trees.array_of(state.holds.held)
     names = _dials.in_order(record)
-    arrays = [_trees.array_of(record[name]).astype(jnp.float32) for name in names]
-    return jnp.stack(arrays, -1) if arrays else jnp.zeros(0, jnp.float32)
+    found = joined((_trees.array_of(record[k]) for k in names), held.ndim - 1)
+    rule = "with records of the shapes that `init` gave them"
+    shapes = ", ".join(f"{k} {jnp.shape(record[k])}" for k in names)
+    _checks.require(found.shape == held.shape, "opt_state", rule, shapes)
+    return found
 
 
 def _check_injected(state: Any, key: str, value: Any) -> None:

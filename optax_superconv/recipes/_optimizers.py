@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,21 +12,23 @@ from optax_superconv import _checks
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.schedules._onecycle import onecycle
 from optax_superconv.schedules._phases import Shape
+from optax_superconv.transforms._groups import Multipliers, grouped
 from optax_superconv.transforms._learning_rate import scale_by_learning_rate
 from optax_superconv.transforms._momentum import (
     scale_by_scheduled_adam,
     scheduled_trace,
 )
-from optax_superconv.transforms._weight_decay import add_decayed_weights
-
-Multipliers = Mapping[Any, optax.ScalarOrSchedule] | Callable[[list[Any]], Any]
+from optax_superconv.transforms._weight_decay import decayed_weights
 
 
 def decay_link(
-    weight_decay: optax.ScalarOrSchedule, mask: Any
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Any,
+    multipliers: Multipliers | None = None,
+    param_labels: Labels | LabelFn | None = None,
 ) -> list[optax.GradientTransformation]:
     """No link for a constant 0: the chain is one that needs no parameters."""
-    link = add_decayed_weights(weight_decay, mask)
+    link = decayed_weights(weight_decay, mask, grouped(multipliers, param_labels))
     # An array may be a dial of optax.inject_hyperparams, whose value will change.
     is_constant = not callable(weight_decay) and not isinstance(weight_decay, jax.Array)
     return [] if is_constant and _checks.is_zero(weight_decay) else [link]
@@ -60,8 +61,9 @@ def sgd(
       nesterov: Whether to use Nesterov momentum.
       weight_decay: Strength :math:`\lambda` of at least 0, or a schedule. A Python or
         NumPy 0 is a chain without that link, which needs no parameters in ``update``.
-      mask: What is decayed; see :func:`add_decayed_weights`.
-      multipliers: Factors of the rates of groups; see :func:`scale_by_learning_rate`.
+      mask: What is decayed; see :func:`add_decayed_weights`. Of a leaf whose multiplier
+        is an array, the leading axis is one of layers and does not make it a matrix.
+      multipliers: Factors of the rates of groups; see :func:`scale_by_group`.
       param_labels: Which parameter is in which group; see :func:`scale_by_group`.
       accumulator_dtype: Dtype of the momentum; see :func:`scheduled_trace`.
 
@@ -92,7 +94,7 @@ def sgd(
     """
     _checks.number_or_schedule("momentum", momentum, _checks.DECAY)
     return optax.chain(
-        *decay_link(weight_decay, mask),
+        *decay_link(weight_decay, mask, multipliers, param_labels),
         scheduled_trace(
             momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype
         ),
@@ -139,8 +141,9 @@ def adamw(
       weight_decay: Strength :math:`\lambda` of at least 0, or a schedule; see
         :func:`add_decayed_weights`. A Python or NumPy 0 is a chain without that link,
         which needs no parameters in ``update``.
-      mask: What is decayed; see :func:`add_decayed_weights`.
-      multipliers: Factors of the rates of groups; see :func:`scale_by_learning_rate`.
+      mask: What is decayed; see :func:`add_decayed_weights`. Of a leaf whose multiplier
+        is an array, the leading axis is one of layers and does not make it a matrix.
+      multipliers: Factors of the rates of groups; see :func:`scale_by_group`.
       param_labels: Which parameter is in which group; see :func:`scale_by_group`.
       nesterov: Whether to use Nesterov momentum.
       mu_dtype: Dtype of the first moment; see :func:`scale_by_scheduled_adam`.
@@ -168,7 +171,7 @@ def adamw(
     """
     return optax.chain(
         scale_by_scheduled_adam(b1, b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov),
-        *decay_link(weight_decay, mask),
+        *decay_link(weight_decay, mask, multipliers, param_labels),
         scale_by_learning_rate(
             learning_rate, multipliers=multipliers, param_labels=param_labels
         ),
@@ -209,8 +212,9 @@ def onecycle_sgd(
       max_momentum: Momentum at the start and the end.
       base_momentum: Momentum at the peak of the rate.
       weight_decay: Strength of the coupled decay, or a schedule; see :func:`sgd`.
-      mask: What is decayed; see :func:`add_decayed_weights`.
-      multipliers: Factors of the rates of groups; see :func:`scale_by_learning_rate`.
+      mask: What is decayed; see :func:`add_decayed_weights`. Of a leaf whose multiplier
+        is an array, the leading axis is one of layers and does not make it a matrix.
+      multipliers: Factors of the rates of groups; see :func:`scale_by_group`.
       param_labels: Which parameter is in which group; see :func:`scale_by_group`.
 
     Returns:
@@ -292,8 +296,9 @@ def onecycle_adamw(
       max_momentum: b1 at the start and the end.
       base_momentum: b1 at the peak of the rate.
       weight_decay: Strength of the decoupled decay, or a schedule; see :func:`adamw`.
-      mask: What is decayed; see :func:`add_decayed_weights`.
-      multipliers: Factors of the rates of groups; see :func:`scale_by_learning_rate`.
+      mask: What is decayed; see :func:`add_decayed_weights`. Of a leaf whose multiplier
+        is an array, the leading axis is one of layers and does not make it a matrix.
+      multipliers: Factors of the rates of groups; see :func:`scale_by_group`.
       param_labels: Which parameter is in which group; see :func:`scale_by_group`.
 
     Returns:

@@ -10,19 +10,25 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from optax_superconv import _checks, _dials, _trees
-from optax_superconv._numerics import elements, increment, scale
+from optax_superconv._numerics import elements, increment, joined, scale
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.transforms._link import link
+
+# A number, an array along the leading axis of stacked layers, or a schedule of these.
+Multiplier = ArrayLike | optax.Schedule
+Multipliers = Mapping[Any, Multiplier] | Callable[[list[Any]], Mapping[Any, Multiplier]]
 
 
 class ScaleByGroupState(NamedTuple):
     """State of :func:`scale_by_group`."""
 
     count: jax.Array  # (), int32
-    dials: _dials.Record  # multiplier/<label>
+    dials: _dials.Record  # multiplier/<label>, (layers,) for one that is an array
     holds: _dials.Holds
     skeleton: Any  # the containers of the parameters, () for each leaf
 
@@ -30,19 +36,28 @@ class ScaleByGroupState(NamedTuple):
 class Groups(NamedTuple):
     """The groups of a tree, in the order of their names."""
 
-    names: list[str]
-    multipliers: list[optax.ScalarOrSchedule]
+    shapes: _dials.Shapes  # of their multipliers, by name
+    multipliers: list[Any]
     members: list[int]  # per leaf of the tree, a box being one; empty without groups
     skeleton: Any
     are_unknown: bool  # optax.tree.map_params asks, and has no parameters
 
     def factors_at(self, count: jax.Array) -> jax.Array:
-        """The factor of each group, float32."""
-        return _dials.stacked([_dials.value_at(x, count) for x in self.multipliers])
+        """The factors of all groups, float32."""
+        return joined(_dials.value_at(x, count, 1) for x in self.multipliers)
+
+    def axes(self) -> list[int]:
+        """Per leaf, how many leading axes are layers."""
+        axes = [len(shape) for shape in self.shapes.values()]
+        return [axes[member] for member in self.members]
+
+    def named(self, kind: str) -> _dials.Shapes:
+        """The shapes by the names of dials, ``kind/<label>``."""
+        return {f"{kind}/{name}": shape for name, shape in self.shapes.items()}
 
 
 def scale_by_group(
-    multipliers: Mapping[Any, optax.ScalarOrSchedule] | Callable[[list[Any]], Any],
+    multipliers: Multipliers,
     param_labels: Labels | LabelFn,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales the updates of each group of parameters by a factor of its own.
@@ -61,9 +76,13 @@ def scale_by_group(
 
     A finished optimizer will do: ``chain(optax.adamw(1e-3), scale_by_group(...))``.
 
+    Layers that are stacked for ``jax.lax.scan`` or ``jax.vmap`` are one leaf with a
+    leading axis. Their multiplier is an array of shape (layers,), a factor per index.
+
     Args:
-      multipliers: A dict from label to multiplier, a finite number of at least 0 or a
-        schedule ``count -> number``. :func:`layerwise_multipliers` makes one. Or a
+      multipliers: A dict from label to multiplier: a finite number of at least 0, an
+        array of them along the leading axis of all leaves of the group, or a schedule
+        ``count -> number or array``. :func:`layerwise_multipliers` makes one. Or a
         function of the labels (a sorted list of integers, or a set of names) that makes
         the dict, such as ``functools.partial(layerwise_multipliers, decay=0.75)``.
         (If ``optax.masked`` hides parameters, the function gets the labels of the
@@ -74,11 +93,12 @@ def scale_by_group(
 
     Returns:
       The transformation. :func:`read_hyperparams` reads ``multiplier/<label>``, which
-      :func:`set_hyperparams` sets.
+      :func:`set_hyperparams` sets; it has the shape of the multiplier.
 
     Raises:
       ValueError: At ``init`` and ``update``, if a label has no multiplier or a
-        multiplier has no label. In ``update``, if the updates have another structure
+        multiplier has no label, or if an array is not as long as the leading axis of a
+        leaf. In ``update``, if the updates have another structure
         than the parameters at ``init``.
 
     Examples:
@@ -105,13 +125,10 @@ def scale_by_group(
     """
     groups_of = grouped(multipliers, param_labels)
 
-    def names_of(groups: Groups) -> list[str]:
-        return [f"multiplier/{name}" for name in groups.names]
-
     def init_fn(params: optax.Params) -> ScaleByGroupState:
         groups, count = groups_of(params), jnp.zeros([], jnp.int32)
         factors = groups.factors_at(count)
-        dials, holds = _dials.opened(names_of(groups), factors)
+        dials, holds = _dials.opened(groups.named("multiplier"), factors)
         # A single leaf matches whatever dict there is.
         dials = cast(_dials.Record, factors) if groups.are_unknown else dials
         return ScaleByGroupState(count, dials, holds, groups.skeleton)
@@ -122,13 +139,13 @@ def scale_by_group(
         del params
         _trees.check_skeleton(updates, state.skeleton)
         groups, count = groups_of(updates), state.count
-        base, names = groups.factors_at(count), names_of(groups)
+        base, shapes = groups.factors_at(count), groups.named("multiplier")
         holds = _dials.noticed(
-            names, state.dials, state.holds, base, groups.multipliers
+            shapes, state.dials, state.holds, base, groups.multipliers
         )
         factors = jnp.where(holds.held, holds.values, base)
-        of_group = elements(factors, count)
-        dials, holds = _dials.written(names, of_group, holds)
+        of_group = elements(factors, count, [*shapes.values()])
+        dials, holds = _dials.written(shapes, of_group, holds)
         return scale_groups(of_group, groups, updates), ScaleByGroupState(
             increment(count), dials, holds, state.skeleton
         )
@@ -141,7 +158,7 @@ def grouped(
 ) -> Callable[[Any], Groups]:
     """The groups of a tree, with multipliers and labels that are checked here."""
     if multipliers is None and param_labels is None:
-        return lambda tree: Groups([], [], [], None, False)
+        return lambda tree: Groups({}, [], [], None, False)
     for name, value, other in (
         ("multipliers", multipliers, "param_labels"),
         ("param_labels", param_labels, "multipliers"),
@@ -158,15 +175,40 @@ def grouped(
         names = [name.removeprefix("/") for name in full]
         by_name = {str(label): value for label, value in by_label.items()}
         at = {name: k for k, name in enumerate(names)}
+        shapes = {name: _shape_of(by_name[name]) for name in names}
+        members = [at[str(label)] for label in labels]
+        _check_layers([shapes[names[k]] for k in members], tree, labels)
         return Groups(
-            names,
+            shapes,
             [by_name[name] for name in names],
-            [at[str(label)] for label in labels],
+            members,
             _trees.skeleton_of(tree),
             not names and _trees.is_unknown(tree),
         )
 
     return groups_of
+
+
+def _shape_of(multiplier: Any) -> tuple[int, ...]:
+    value = jax.eval_shape(lambda: _dials.value_at(multiplier, jnp.int32(0), 1))
+    return value.shape
+
+
+def _check_layers(shapes: list[tuple[int, ...]], tree: Any, labels: list[Any]) -> None:
+    """Raises unless each leaf has an index per element of an array of multipliers."""
+    if not any(shapes):
+        return
+    leaves = jax.tree.leaves(tree, is_leaf=_trees.is_box)
+    rows = zip(shapes, leaves, labels, _trees.paths_of(tree), strict=True)
+    for shape, leaf, label, path in rows:
+        (array,) = jax.tree.leaves(leaf)
+        _checks.require(
+            jnp.shape(array)[:1] == shape or not shape,
+            f"multipliers[{label!r}]",
+            f"a number, or one per index of the leading axis of each leaf, as {path} "
+            f"of shape {jnp.shape(array)}",
+            f"an array of shape {shape}",
+        )
 
 
 def scale_groups(
@@ -181,7 +223,7 @@ def scale_groups(
     return jax.tree.unflatten(treedef, scaled)
 
 
-def _checked_multipliers(multipliers: Any) -> dict[Any, optax.ScalarOrSchedule]:
+def _checked_multipliers(multipliers: Any) -> dict[Any, Multiplier]:
     """A copy; raises unless this is a dict of constants and schedules by label."""
     if not isinstance(multipliers, Mapping):
         raise TypeError(
@@ -194,7 +236,11 @@ def _checked_multipliers(multipliers: Any) -> dict[Any, optax.ScalarOrSchedule]:
     _trees.check_labels(multipliers, "multipliers")
     for label, multiplier in multipliers.items():
         name = f"multipliers[{label!r}]"
-        _checks.number_or_schedule(name, multiplier, _checks.NON_NEGATIVE)
+        if not callable(multiplier):
+            _checks.number(name, multiplier, _checks.NON_NEGATIVE)
+            rule, shape = "a number, or an array of one axis", np.shape(multiplier)
+            fits = len(shape) <= 1 and 0 not in shape
+            _checks.require(fits, name, rule, f"an array of shape {shape}")
     return dict(multipliers)
 
 

@@ -8,7 +8,6 @@ decay: when the loss no longer falls, the data run out, or a result is due.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -20,7 +19,12 @@ from optax_superconv import _checks, _dials, _trees
 from optax_superconv._numerics import elements, increment, scale
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.schedules._phases import Shape, check_positive, check_shape, move
-from optax_superconv.transforms._groups import grouped, scale_groups
+from optax_superconv.transforms._groups import (
+    Groups,
+    Multipliers,
+    grouped,
+    scale_groups,
+)
 from optax_superconv.transforms._link import link
 
 
@@ -28,7 +32,7 @@ class ScaleByLearningRateState(NamedTuple):
     """State of :func:`scale_by_learning_rate`."""
 
     count: jax.Array  # (), int32
-    hyperparams: _dials.Record  # learning_rate, learning_rate/<label>
+    hyperparams: _dials.Record  # learning_rate, learning_rate/<label> ((layers,))
     holds: _dials.Holds
     ending: _dials.Cooldown
     facts: dict[str, jax.Array]  # cooldown: (), float32
@@ -38,9 +42,7 @@ class ScaleByLearningRateState(NamedTuple):
 def scale_by_learning_rate(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    multipliers: Mapping[Any, optax.ScalarOrSchedule]
-    | Callable[[list[Any]], Any]
-    | None = None,
+    multipliers: Multipliers | None = None,
     param_labels: Labels | LabelFn | None = None,
     cooldown_shape: Shape = "1-sqrt",
     cooldown_end: ArrayLike = 0.0,
@@ -81,13 +83,15 @@ def scale_by_learning_rate(
 
     Returns:
       The transformation. :func:`read_hyperparams` reads ``learning_rate``, never
-      negated, ``learning_rate/<label>`` of each group, and ``cooldown``, the fraction
-      of a cooldown that is over: 0 before it, 1 after it. Its state has the rates in
-      the dict ``hyperparams``, where trainers look for them.
+      negated, ``learning_rate/<label>`` of each group, in the shape of its multiplier,
+      and ``cooldown``, the fraction of a cooldown that is over: 0 before it, 1 after
+      it. Its state has the rates in the dict ``hyperparams``, where trainers look for
+      them.
 
     Raises:
       ValueError: At ``init`` and ``update``, if a label has no multiplier or a
-        multiplier has no label. In ``update``, if the updates have another structure
+        multiplier has no label, or if an array is not as long as the leading axis of a
+        leaf. In ``update``, if the updates have another structure
         than the parameters at ``init``, or the state other groups.
 
     Examples:
@@ -134,7 +138,7 @@ def scale_by_learning_rate(
         count = jnp.zeros([], jnp.int32)
         rate = _dials.value_at(learning_rate, count)
         rates = jnp.concatenate([rate[None], rate * groups.factors_at(count)])
-        hyperparams, holds = _dials.opened(_names(groups.names), rates)
+        hyperparams, holds = _dials.opened(_shapes(groups), rates)
         if groups.are_unknown:  # A single leaf matches whatever dict there is.
             hyperparams = cast(_dials.Record, rates)
         return ScaleByLearningRateState(
@@ -161,7 +165,7 @@ def scale_by_learning_rate(
         del params
         _trees.check_skeleton(updates, state.skeleton)
         groups = groups_of(updates)
-        names, count, cooldown = _names(groups.names), state.count, state.ending
+        shapes, count, cooldown = _shapes(groups), state.count, state.ending
         elapsed = jnp.clip(count - cooldown.start_step, 0, cooldown.cooldown_steps)
         cools = elapsed > 0
         factors = groups.factors_at(
@@ -169,8 +173,8 @@ def scale_by_learning_rate(
         )
         plain = _dials.value_at(learning_rate, count)
         base = jnp.concatenate([plain[None], plain * factors])
-        given = [learning_rate, *(len(names) - 1) * [None]]
-        holds = _dials.noticed(names, state.hyperparams, state.holds, base, given)
+        given = [learning_rate, *(len(shapes) - 1) * [None]]
+        holds = _dials.noticed(shapes, state.hyperparams, state.holds, base, given)
         cooled = _cooled(cooldown, cooldown_shape, elapsed)
 
         def rates_with(held: jax.Array) -> jax.Array:
@@ -200,10 +204,10 @@ def scale_by_learning_rate(
         steps = jnp.maximum(cooldown.cooldown_steps, 1).astype(jnp.float32)
         over = jnp.where(starts, 0, elapsed.astype(jnp.float32) / steps)
         holds = holds._replace(held=holds.held & ~(starts & cooldown.lifts))
-        of_group = elements(rates, count)
-        hyperparams, holds = _dials.written(names, of_group, holds)
+        of_group = elements(rates, count, [*shapes.values()])
+        hyperparams, holds = _dials.written(shapes, of_group, holds)
         signed = [-rate for rate in of_group] if flip_sign else of_group
-        if groups.names:
+        if groups.shapes:
             scaled = scale_groups(signed[1:], groups, updates)
         else:
             scaled = scale(signed[0], updates)
@@ -219,8 +223,8 @@ def scale_by_learning_rate(
     return link(ScaleByLearningRateState, init_fn, update_fn)
 
 
-def _names(labels: list[str]) -> list[str]:
-    return ["learning_rate", *(f"learning_rate/{label}" for label in labels)]
+def _shapes(groups: Groups) -> _dials.Shapes:
+    return {"learning_rate": (), **groups.named("learning_rate")}
 
 
 def _ends(

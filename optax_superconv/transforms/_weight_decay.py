@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,14 +19,20 @@ from optax_superconv._trees import (
     is_function,
     map_with_paths,
 )
+from optax_superconv.transforms._groups import Groups, grouped
 from optax_superconv.transforms._link import given, scheduled_link
 
 
-def _is_matrix(params: optax.Params) -> Any:
-    """True for leaves of two dimensions or more whose path does not end in `bias`."""
+def _is_matrix(params: optax.Params, groups: Groups) -> Any:
+    """True for leaves of two dimensions or more whose path does not end in `bias`.
+
+    Axes along which multipliers lie are layers, and do not count.
+    """
+    axes = iter(groups.axes() or itertools.repeat(0))
 
     def decayed(path: str, leaf: Any) -> bool:
-        return jnp.ndim(array_of(leaf)) > 1 and path.rpartition("/")[2] != "bias"
+        is_bias = path.rpartition("/")[2] == "bias"
+        return jnp.ndim(array_of(leaf)) - next(axes) > 1 and not is_bias
 
     return map_with_paths(decayed, params)
 
@@ -51,8 +59,9 @@ def add_decayed_weights(
       mask: What is decayed. ``"matrices"``: a leaf that has two dimensions or more and
         whose path does not end in ``bias`` (Flax's attention biases have two). Or as in
         ``optax.add_decayed_weights``: a tree of bools, a prefix of one, a function of
-        the parameters, or None for everything. Norm scales that are stacked over layers
-        have two dimensions too, so they need a mask.
+        the parameters, or None for everything. A norm scale that is stacked over layers
+        has two dimensions too; it needs a mask, unless a recipe's ``multipliers`` show
+        that its leading axis is one of layers.
 
     Returns:
       The transformation; :func:`read_hyperparams` reads ``weight_decay``. Its
@@ -71,6 +80,13 @@ def add_decayed_weights(
       Loshchilov and Hutter, `Decoupled Weight Decay Regularization
       <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
+    return decayed_weights(weight_decay, mask, grouped(None, None))
+
+
+def decayed_weights(
+    weight_decay: optax.ScalarOrSchedule, mask: Any, groups_of: Callable[[Any], Groups]
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`add_decayed_weights` where leaves may be stacked over layers."""
     _checks.number_or_schedule("weight_decay", weight_decay, _checks.NON_NEGATIVE)
     if isinstance(mask, str):
         _checks.choice("mask", mask, ("matrices",))
@@ -87,7 +103,7 @@ def add_decayed_weights(
         # data: libraries turn functions in a chain into pytrees, or into schedules.
         chosen = True if mask is None else mask
         if isinstance(mask, str):
-            chosen = _is_matrix(params)
+            chosen = _is_matrix(params, groups_of(params))
         elif callable(mask) and is_function(mask):
             chosen = mask(params)
         try:

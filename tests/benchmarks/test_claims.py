@@ -24,7 +24,7 @@ def test_an_example_takes_at_most_three_minutes(name, tmp_path):
 
 
 def lower_quartile(ours, base, rounds):
-    """Of the ratios of two lots of arms; noise alone moves their median by per cents."""
+    """Of the ratios of two lots of arms; noise alone moves their median by some %."""
     arms = {**dict(enumerate(ours)), **dict(enumerate(base, len(ours)))}
     seconds = np.array([*harness.interleave(arms, rounds).values()])
     ratios = seconds[: len(ours)].mean(0) / seconds[len(ours) :].mean(0)
@@ -39,9 +39,7 @@ def test_the_dials_cost_at_most_a_tenth(num_groups):
         optimizers = overhead.groups(overhead.in_groups(params, num_groups))
     pair = optimizers["onecycle_adamw"], optimizers["optax.adamw"]
     # Where a program lies in memory moves its time by a tenth for as long as it lives.
-    ours, base = (
-        [overhead.update_arm(tx, params, 5) for _ in range(3)] for tx in pair
-    )
+    ours, base = ([overhead.update_arm(tx, params, 5) for _ in range(3)] for tx in pair)
     assert lower_quartile(ours, base, 100) <= 1.10
     ours, plain = (overhead.state_bytes(tx, params) for tx in pair)
     assert ours - plain <= 4096
