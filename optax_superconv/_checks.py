@@ -172,3 +172,15 @@ def choice(name: str, value: Any, known: Iterable[str]) -> None:
 def is_zero(value: Any) -> bool:
     """Whether a constant is known to be 0. A traced value is not known."""
     return not isinstance(value, jax.core.Tracer) and not np.any(np.asarray(value))
+
+
+def is_function(value: Any) -> bool:
+    """Whether this is to be called: an Equinox module of labels can be, and is not.
+
+    Some libraries make pytrees of functions, whose leaves are not all labels.
+    """
+    if not callable(value):
+        return False
+    labels = str | int | np.integer | np.bool_  # A bool is a label of a mask.
+    leaves = jax.tree.leaves(value)
+    return not leaves or not all(isinstance(leaf, labels) for leaf in leaves)

@@ -17,9 +17,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import KeyPath, all_leaves, keystr, tree_map_with_path
+from jax.tree_util import KeyPath, keystr, tree_map_with_path
 
-from optax_superconv._checks import listed, require
+from optax_superconv._checks import is_function, listed, require
 
 Tree = TypeVar("Tree")
 Names = tuple[str, ...]  # From the root to a leaf.
@@ -222,11 +222,6 @@ def is_masked(tree: Any) -> bool:
 
 
 # --- trees of labels ------------------------------------------------------------------
-
-
-def is_function(value: Any) -> bool:
-    """Whether this is to be called: an Equinox module of labels can be, and is not."""
-    return callable(value) and all_leaves([value])
 
 
 def check_labels(labels: Iterable[Any], name: str = "param_labels") -> list[Any]:

@@ -19,12 +19,12 @@ from jax.tree_util import all_leaves
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
-from optax_superconv._trees import check_labels, is_function
+from optax_superconv._trees import check_labels
 
 
 def _in_order(labels: Any) -> list[Any]:
     """Distinct labels from the input to the output."""
-    if is_function(labels):
+    if _checks.is_function(labels):
         raise TypeError(
             f"`labels` must be a tree or a sequence of labels, got {labels!r}. Call it "
             "with the parameters first."

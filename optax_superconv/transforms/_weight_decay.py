@@ -16,7 +16,6 @@ from optax_superconv._numerics import narrow, times, widen
 from optax_superconv._trees import (
     array_of,
     given_updates,
-    is_function,
     map_with_paths,
 )
 from optax_superconv.transforms._groups import Groups, grouped
@@ -104,7 +103,7 @@ def decayed_weights(
         chosen = True if mask is None else mask
         if isinstance(mask, str):
             chosen = _is_matrix(params, groups_of(params))
-        elif callable(mask) and is_function(mask):
+        elif _checks.is_function(mask):
             chosen = mask(params)
         try:
             where = jax.tree.map(

@@ -955,3 +955,39 @@ def test_labels_below_what_masked_hides_are_not_in_the_way():
     chex.assert_trees_all_close(
         updates["head"], jax.tree.map(lambda p: 2 * p, params["head"])
     )
+
+
+class Converted(functools.partial):
+    """A function that a library has made a pytree of, with what it closed over."""
+
+
+jax.tree_util.register_pytree_node(
+    Converted,
+    lambda function: ((function.func, *function.args), None),
+    lambda _, children: Converted(*children),
+)
+
+
+def test_functions_that_have_become_pytrees_are_called():
+    params = {"body": jnp.ones((2, 2)), "head": jnp.ones((2, 2))}
+
+    def label_fn(low, high, params):
+        del params
+        return {"body": low, "head": high}
+
+    def mask(name, params):
+        return {key: key == name for key in params}
+
+    def made_by(wrap):
+        return osc.adamw(
+            0.1,
+            mask=wrap(mask, "head"),
+            multipliers=wrap(lambda labels: dict.fromkeys(labels, 0.5)),
+            param_labels=wrap(label_fn, 0, 1),
+        )
+
+    found, wanted = (
+        tx.update(params, tx.init(params), params)[0]
+        for tx in (made_by(Converted), made_by(functools.partial))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
