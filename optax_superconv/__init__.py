@@ -5,7 +5,7 @@ any training step. Start with :func:`onecycle_adamw` and :func:`range_test`.
 """
 
 from optax_superconv import plotting
-from optax_superconv._dials import read_hyperparams
+from optax_superconv._records import read_hyperparams
 from optax_superconv._restarts import restart_schedules, start_cooldown
 from optax_superconv._settings import set_hyperparams
 from optax_superconv.finders._curvature import (

@@ -1,15 +1,15 @@
-"""What was applied, how is it read back, and who decides it?
+"""Which value of a hyperparameter does a link apply, and who decides it?
 
 A schedule knows what should be applied at a step; a log wants what was. So whatever
 applies a hyperparameter records it in its own state, in float32 whatever the dtype of
-the parameters, and one call finds all records in any optimizer state. A record is a
-dial too: what is set there, or written into it, is held in place of the schedule.
+the parameters. A record is a dial too: what is set there, or written into it, is held
+in place of the schedule.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_superconv import _trees
 from optax_superconv._numerics import joined, once, split
 
 Record = dict[str, jax.Array]  # (), float32 each; what the last update applied
@@ -42,9 +41,6 @@ class Holds(NamedTuple):
     written: jax.Array  # (numbers,), uint32; the bits that the last update wrote
     held: jax.Array  # (numbers,), bool
     values: jax.Array  # (numbers,), float32; what is applied while held
-
-
-# --- in the links ---------------------------------------------------------------------
 
 
 def value_at(
@@ -167,190 +163,3 @@ def first(
     count, names = jnp.zeros([], jnp.int32), in_order(given)
     values = joined(value_at(given[name], count) for name in names)
     return count, *opened(dict.fromkeys(names, ()), values)
-
-
-# --- in a state -----------------------------------------------------------------------
-
-INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-
-
-def dials_of(state: Any) -> dict[str, Any]:
-    """The record in a state that has one: ``hyperparams`` or ``dials``."""
-    return getattr(state, "hyperparams", None) or getattr(state, "dials", {})
-
-
-RECORDS = ("hyperparams", "dials", "holds")  # Fields of a state.
-
-
-def has_record(node: Any) -> bool:
-    """Whether this is a state with a record."""
-    return isinstance(node, INJECTED) or (
-        isinstance(node, tuple)
-        and (isinstance(getattr(node, "holds", None), Holds) or hasattr(node, "facts"))
-    )
-
-
-class Place(NamedTuple):
-    """A state with a record, somewhere in an optimizer state."""
-
-    state: Any
-    suffix: str  # of its names: the labels of the partitions around it, "/label"
-
-
-def map_records(
-    function: Callable[[Place], Any],
-    tree: Any,
-    more: tuple[type, ...] = (),
-    suffix: str = "",
-) -> Any:
-    """Each state with a record replaced, at any nesting, from the outside inwards.
-
-    Likewise states of ``more`` kinds.
-    """
-
-    def is_stop(node: Any) -> bool:
-        return has_record(node) or isinstance(node, (optax.PartitionState, *more))
-
-    def replaced(node: Any) -> Any:
-        if _trees.is_box(node):
-            (content,) = _trees.children_of(node)
-            new = map_records(function, content, more, suffix)
-            return node if new is content else _trees.assigned(node, new)
-        if isinstance(node, optax.PartitionState):
-            inner = {
-                label: map_records(function, state, more, f"{suffix}/{label}")
-                for label, state in node.inner_states.items()
-            }
-            return node._replace(inner_states=inner)
-        if not is_stop(node):
-            return node
-        node = function(Place(node, suffix))
-        if hasattr(node, "inner_state"):
-            inner_state = map_records(function, node.inner_state, more, suffix)
-            node = node._replace(inner_state=inner_state)
-        return node
-
-    return jax.tree.map(
-        replaced, tree, is_leaf=lambda node: is_stop(node) or _trees.is_box(node)
-    )
-
-
-def places_in(opt_state: Any) -> list[Place]:
-    """The states with a record, in order."""
-    found: list[Place] = []
-
-    def note(place: Place) -> Any:
-        found.append(place)
-        return place.state
-
-    map_records(note, opt_state)
-    return found
-
-
-class Entry(NamedTuple):
-    """A value in a record."""
-
-    name: str
-    place: int  # among the places
-    key: str  # in the record
-    is_dial: bool  # a fact cannot be set
-
-
-def entries_in(places: Sequence[Place]) -> Iterator[Entry]:
-    """The entries of all records, each by a name of its own."""
-    taken: set[str] = set()
-    for k, place in enumerate(places):
-        facts = getattr(place.state, "facts", {})
-        keys = [(key, True) for key in in_order(dials_of(place.state))]
-        for key, is_dial in keys + [(key, False) for key in in_order(facts)]:
-            name, slash, label = key.partition("/")
-            full = unique = f"{name}{place.suffix}{slash}{label}"
-            number = 0
-            while unique in taken:
-                number += 1
-                unique = f"{full}_{number}"
-            taken.add(unique)
-            yield Entry(unique, k, key, is_dial)
-
-
-def states_in(opt_state: Any) -> str:
-    """For a message: which kinds of states there are."""
-    kinds: dict[str, None] = {}
-
-    def note(node: Any) -> bool:
-        if hasattr(node, "_fields"):
-            kinds[type(node).__name__] = None
-        return False  # Go on inside.
-
-    jax.tree.leaves(opt_state, is_leaf=note)
-    return ", ".join(kinds) or f"a {type(opt_state).__name__}"
-
-
-def check_structured(opt_state: Any) -> None:
-    """Raises if this is a state whose containers have become dicts and lists."""
-
-    def is_bare(node: Any) -> bool:
-        keys = {*node} if isinstance(node, Mapping) else set()
-        ours = "count" in keys and not keys.isdisjoint({"holds", "facts"})
-        return ours or {"hyperparams", "inner_state"} <= keys
-
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_bare)
-    if any(map(is_bare, nodes)):
-        raise ValueError(
-            "`opt_state` must be in the containers that `init` made, got dicts in "
-            "their place, as of a checkpoint that was restored without them. Restore "
-            "it into the structure of `tx.init(params)`, or merge what was split."
-        )
-
-
-def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
-    """Reads the hyperparameters that the last update applied, for a log line.
-
-    Finds the records of this package's transformations, and the hyperparameters of
-    ``optax.inject_hyperparams``, at any nesting: ``chain``, ``named_chain``,
-    ``partition``, ``masked``, ``MultiSteps``, ``apply_if_finite``. Works inside and
-    outside ``jit`` and does not wait for the device. What is read here can be set; see
-    :func:`set_hyperparams`.
-
-    Args:
-      opt_state: An optimizer state, or any pytree that holds one: an
-        ``nnx.Optimizer`` or its ``opt_state``, a Linen ``TrainState``. (Not
-        ``nnx.state(optimizer)``, which keeps no trace of the transformations.)
-
-    Returns:
-      Name to value, float32 arrays without axes (but those of a state made by
-      ``vmap``), in the order of the chain:
-
-      * ``learning_rate``, and ``learning_rate/<label>`` of groups; ``momentum``, or
-        ``b1``, ``b2`` and ``eps``; ``weight_decay``; ``multiplier/<label>`` of
-        :func:`scale_by_group`; whatever ``inject_hyperparams`` holds, in its dtype;
-      * facts, which cannot be set: ``cooldown``, the fraction of a cooldown that is
-        over, and ``frozen/<label>``, a bool, of :func:`gradual_unfreezing`. A frozen
-        group reports the rate that it would have.
-
-      Inside ``partition`` and :func:`gradual_unfreezing` the names are
-      ``name/<label>``. A name that occurs again, as where ``inject_hyperparams`` wraps
-      one of our recipes, is numbered: ``name_1``, ``name_2``. Before the first update
-      the values are those of step 0. A state without any of this, such as that of
-      ``optax.adam``, gives ``{}``.
-
-    Raises:
-      ValueError: If the containers of the state have become dicts, as in a checkpoint
-        that was restored without them.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax_superconv as osc
-      >>> tx = osc.onecycle_sgd(1.0, total_steps=10)
-      >>> applied = osc.read_hyperparams(tx.init(jnp.ones(3)))
-      >>> print({name: round(float(value), 2) for name, value in applied.items()})
-      {'momentum': 0.95, 'learning_rate': 0.04, 'cooldown': 0.0}
-    """
-    check_structured(opt_state)
-    places = places_in(opt_state)
-    read: dict[str, jax.Array] = {}
-    for name, place, key, is_dial in entries_in(places):
-        state = places[place].state
-        record = dials_of(state) if is_dial else state.facts
-        read[name] = _trees.array_of(record[key])
-    return read

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_superconv import _checks, _dials, _settings, _trees
-from optax_superconv._dials import Place
+from optax_superconv import _checks, _dials, _records, _settings, _trees
+from optax_superconv._records import Place
 
 # Optax exports no name for this state.
 _DecayCount: type = type(optax.add_decayed_weights(lambda count: count).init(()))
@@ -53,7 +53,7 @@ def restart_schedules(opt_state: Any) -> Any:
       >>> rates[:10] == rates[10:]
       True
     """
-    _dials.check_structured(opt_state)
+    _records.check_structured(opt_state)
     found = False
 
     def zero(leaf: Any, write: _settings.Write) -> Any:
@@ -72,7 +72,7 @@ def restart_schedules(opt_state: Any) -> Any:
             }
             return state._replace(hyperparams_states=clocks)
         if hasattr(state, "holds"):
-            dials = _dials.dials_of(state)
+            dials = _records.dials_of(state)
             state = _settings.held(place, dict.fromkeys(dials), write)._replace(
                 count=state.count
             )
@@ -86,7 +86,7 @@ def restart_schedules(opt_state: Any) -> Any:
         found,
         "opt_state",
         "of an optimizer with schedules, such as `onecycle_adamw`",
-        _dials.states_in(opt_state),
+        _records.states_in(opt_state),
     )
     return new_state
 
@@ -141,7 +141,7 @@ def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
       Durations <https://arxiv.org/abs/2405.18392>`_, 2024, section 5 (cooldowns of
       several lengths from one run).
     """
-    _dials.check_structured(opt_state)
+    _records.check_structured(opt_state)
     length = _checked_length(cooldown_steps)
     found = False
 
@@ -181,7 +181,7 @@ def start_cooldown(opt_state: Any, cooldown_steps: ArrayLike) -> Any:
         found,
         "opt_state",
         "of an optimizer that ends with this package's `scale_by_learning_rate`",
-        _dials.states_in(opt_state),
+        _records.states_in(opt_state),
     )
     return new_state
 

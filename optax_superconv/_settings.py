@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_superconv import _checks, _dials, _trees
-from optax_superconv._dials import Place
+from optax_superconv import _checks, _dials, _records, _trees
 from optax_superconv._numerics import joined, split
+from optax_superconv._records import Place
 
 _RULES = {
     **dict.fromkeys(("momentum", "b1", "b2"), _checks.DECAY),
@@ -60,13 +60,13 @@ def changed(
         }
         return state._replace(**own)
 
-    new_state = _dials.map_records(replaced, opt_state, more)
+    new_state = _records.map_records(replaced, opt_state, more)
     return new_state if rebuilt else opt_state
 
 
 def _form(state: Any, key: str) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of a value in a record."""
-    if isinstance(state, _dials.INJECTED):
+    if isinstance(state, _records.INJECTED):
         old = _trees.array_of(state.hyperparams[key])
         return old.shape, old.dtype
     batch = _trees.array_of(state.holds.held).shape[:-1]
@@ -123,7 +123,7 @@ def held(place: Place, values: Values, write: Write) -> Any:
 
 def shapes_in(state: Any) -> _dials.Shapes:
     """The shapes of a record, without the axes of a ``vmap``."""
-    record, axes = _dials.dials_of(state), _trees.array_of(state.holds.held).ndim - 1
+    record, axes = _records.dials_of(state), _trees.array_of(state.holds.held).ndim - 1
     return {
         name: _trees.array_of(record[name]).shape[axes:]
         for name in _dials.in_order(record)
@@ -132,7 +132,7 @@ def shapes_in(state: Any) -> _dials.Shapes:
 
 def found_in(state: Any) -> jax.Array:
     """The record as one vector, in float32 whatever has been written there."""
-    record, held = _dials.dials_of(state), _trees.array_of(state.holds.held)
+    record, held = _records.dials_of(state), _trees.array_of(state.holds.held)
     names = _dials.in_order(record)
     found = joined((_trees.array_of(record[k]) for k in names), held.ndim - 1)
     rule = "with records of the shapes that `init` gave them"
@@ -210,14 +210,14 @@ def set_hyperparams(opt_state: Any, values: Mapping[str, ArrayLike | None]) -> A
       >>> print(round(float(osc.read_hyperparams(state)["learning_rate"]), 2))
       0.28
     """
-    _dials.check_structured(opt_state)
+    _records.check_structured(opt_state)
     if not isinstance(values, Mapping):
         raise TypeError(
             "`values` must be a dict from name to value, got "
             f"{values!r} of type {type(values).__name__}."
         )
-    places = _dials.places_in(opt_state)
-    entries = {entry.name: entry for entry in _dials.entries_in(places)}
+    places = _records.places_in(opt_state)
+    entries = {entry.name: entry for entry in _records.entries_in(places)}
     dials = ", ".join(name for name, entry in entries.items() if entry.is_dial)
     wanted: list[dict[str, jax.Array | None]] = [{} for _ in places]
     for name, value in values.items():
@@ -231,7 +231,7 @@ def set_hyperparams(opt_state: Any, values: Mapping[str, ArrayLike | None]) -> A
                 f"`values` must have names of dials ({dials}), got {name!r}, which "
                 f"cannot be set: {remedy}."
             )
-        if isinstance(places[place].state, _dials.INJECTED):
+        if isinstance(places[place].state, _records.INJECTED):
             _check_injected(places[place].state, key, value)
         if value is not None:
             shape, dtype = _form(places[place].state, key)
@@ -243,7 +243,7 @@ def set_hyperparams(opt_state: Any, values: Mapping[str, ArrayLike | None]) -> A
         mine = next(order)
         if not mine:
             return place.state
-        is_injected = isinstance(place.state, _dials.INJECTED)
+        is_injected = isinstance(place.state, _records.INJECTED)
         return (_injected if is_injected else held)(place, mine, write)
 
     return changed(opt_state, change)

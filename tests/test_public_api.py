@@ -23,6 +23,7 @@ ROOMS = [
     {"transforms"},
     {"_restarts"},
     {"_settings"},
+    {"_records"},
     {"schedules", "_dials"},
     {"_trees", "_batches"},
     {"_numerics"},

@@ -10,8 +10,8 @@ import optax
 
 from optax_superconv import _checks, _trees
 from optax_superconv._checks import listed
-from optax_superconv._dials import states_in
 from optax_superconv._numerics import wide_dtype
+from optax_superconv._records import states_in
 from optax_superconv._trees import Names
 from optax_superconv.transforms._averages import AverageState
 from optax_superconv.transforms._snapshots import SnapshotState

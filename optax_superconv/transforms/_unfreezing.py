@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_superconv import _checks, _dials, _trees
+from optax_superconv import _checks, _records, _trees
 from optax_superconv._numerics import increment
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.transforms._link import (
@@ -246,11 +246,11 @@ def _choose_state(condition: jax.Array, new: Any, old: Any) -> Any:
     """
 
     def choose(new: Any, old: Any) -> Any:
-        if not _dials.has_record(new):
+        if not _records.has_record(new):
             return _choose(condition, new, old)
         chosen = {
             name: value
-            if name in _dials.RECORDS
+            if name in _records.RECORDS
             else _choose_state(condition, value, getattr(old, name))
             for name, value in new._asdict().items()
         }
@@ -261,7 +261,7 @@ def _choose_state(condition: jax.Array, new: Any, old: Any) -> Any:
             chosen["holds"] = new.holds._replace(held=held)
         return type(new)(**chosen)
 
-    return jax.tree.map(choose, new, old, is_leaf=_dials.has_record)
+    return jax.tree.map(choose, new, old, is_leaf=_records.has_record)
 
 
 def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
