@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.core
@@ -174,7 +174,7 @@ def is_zero(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer) and not np.any(np.asarray(value))
 
 
-def is_function(value: Any) -> bool:
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether this is to be called: an Equinox module of labels can be, and is not.
 
     Some libraries make pytrees of functions, whose leaves are not all labels.

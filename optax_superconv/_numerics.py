@@ -24,6 +24,11 @@ def is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def is_abstract(value: Any) -> bool:
+    """Whether this has nothing else, as what ``jax.eval_shape`` gives."""
+    return isinstance(value, jax.ShapeDtypeStruct)
+
+
 def wide_dtype(*values: ArrayLike) -> np.dtype:
     """The dtype of the values together, and at least float32."""
     with jax.numpy_dtype_promotion("standard"):

@@ -10,6 +10,7 @@ import optax
 
 from optax_superconv import _trees
 from optax_superconv._dials import Holds, in_order
+from optax_superconv._numerics import is_abstract, is_array
 
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
@@ -126,18 +127,27 @@ def states_in(opt_state: Any) -> str:
     return ", ".join(kinds) or f"a {type(opt_state).__name__}"
 
 
+# Fields that stand beside a `count` in the states of links, here and in Optax.
+_FIELDS = {"holds", "facts", "num_samples", "gradient_norms", "nu", "inner_state"}
+
+
 def check_structured(opt_state: Any) -> None:
-    """Raises if this is a state whose containers have become dicts and lists."""
+    """Raises if this is a state whose containers have become others, or is no state."""
+    kinds: set[type] = set()
 
     def is_bare(node: Any) -> bool:
+        if not (is_array(node) or _trees.is_box(node)):
+            kinds.add(type(node))
         keys = {*node} if isinstance(node, Mapping) else set()
-        ours = "count" in keys and not keys.isdisjoint({"holds", "facts"})
-        return ours or {"hyperparams", "inner_state"} <= keys
+        return "count" in keys and not keys.isdisjoint(_FIELDS)
 
     nodes = jax.tree.leaves(opt_state, is_leaf=is_bare)
-    if any(map(is_bare, nodes)):
+    plain = (Mapping, list, int, float, str, type(None))
+    known = {kind for kind in kinds if kind is tuple or issubclass(kind, plain)}
+    if any(map(is_bare, nodes)) or (nodes and kinds == known):
         raise ValueError(
-            "`opt_state` must be in the containers that `init` made, got dicts in "
+            "`opt_state` must be in the containers that `init` made, got "
+            f"{', '.join(sorted(kind.__name__ for kind in known)) or 'an array'} in "
             "their place, as of a checkpoint that was restored without them. Restore "
             "it into the structure of `tx.init(params)`, or merge what was split."
         )
@@ -175,8 +185,8 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
       ``optax.adam``, gives ``{}``.
 
     Raises:
-      ValueError: If the containers of the state have become dicts, as in a checkpoint
-        that was restored without them.
+      ValueError: If the containers of the state have become dicts and lists, as in a
+        checkpoint that was restored without them, or if this is no state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -192,5 +202,6 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
     for name, place, key, is_dial in entries_in(places):
         state = places[place].state
         record = dials_of(state) if is_dial else state.facts
-        read[name] = _trees.array_of(record[key])
+        (leaf,) = jax.tree.leaves(record[key])
+        read[name] = leaf if is_abstract(leaf) else _trees.array_of(leaf)
     return read

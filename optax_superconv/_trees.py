@@ -20,6 +20,7 @@ import optax
 from jax.tree_util import KeyPath, keystr, tree_map_with_path
 
 from optax_superconv._checks import is_function, listed, require
+from optax_superconv._numerics import is_abstract
 
 Tree = TypeVar("Tree")
 Names = tuple[str, ...]  # From the root to a leaf.
@@ -64,12 +65,17 @@ def children_of(node: Any) -> list[Any]:
 
 
 def array_of(leaf: Any) -> jax.Array:
-    """The array of a leaf, out of its box if it has one, where it can be used."""
+    """The array of a leaf, out of its box if it has one, where it can be used.
+
+    Of an abstract one there are zeros, for what is computed and goes nowhere.
+    """
     (array,) = jax.tree.leaves(leaf)
+    if is_abstract(array):
+        return jnp.zeros(array.shape, array.dtype)
     array = jnp.asarray(array)
     if isinstance(array, jax.core.Tracer):
         return array
-    (device, *_) = array.sharding.addressable_devices
+    device = next(iter(array.sharding.addressable_devices))
     home = device.default_memory().kind
     if array.sharding.memory_kind in (None, home):
         return array
@@ -102,6 +108,8 @@ def assigned(leaf: Any, value: Any) -> Any:
 def placed_as(array: jax.Array, leaf: Any) -> jax.Array:
     """The array with the dtype of a leaf's, on its devices and in its memory."""
     (old,) = jax.tree.leaves(leaf)
+    if is_abstract(old):
+        return old
     array = array.astype(jnp.result_type(old))
     traced = isinstance(array, jax.core.Tracer) or isinstance(old, jax.core.Tracer)
     if traced or not isinstance(old, jax.Array):
@@ -152,10 +160,8 @@ def _shares_variables(tree: Any) -> bool:
 
 def check_unshared(name: str, tree: Any, where: str, remedy: str) -> None:
     """Raises if a Variable occurs more than once."""
-    rule = (
-        f"without Variables that Flax NNX objects share, {where} (split it with "
-        f"`nnx.split`, or {remedy})"
-    )
+    rule = f"without Variables that Flax NNX objects share, {where}"
+    rule = f"{rule} (split it with `nnx.split`, or {remedy})"
     require(not _shares_variables(tree), name, rule, "a shared one")
 
 

@@ -136,7 +136,7 @@ def test_the_older_state_of_inject_hyperparams_is_read_too():
 
 @pytest.mark.parametrize(
     "state",
-    [(), {}, None, optax.EmptyState(), optax.adam(0.1).init(PARAMS), {"x": 1.0}],
+    [(), {}, None, optax.EmptyState(), optax.adam(0.1).init(PARAMS)],
     ids=str,
 )
 def test_a_state_that_holds_nothing_gives_nothing(state):

@@ -40,7 +40,7 @@ class AverageState(NamedTuple):
 
 
 def is_averaged(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact)
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def sampler(start_step: int, every: int, name: str) -> Callable[[jax.Array], jax.Array]:

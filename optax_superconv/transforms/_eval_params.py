@@ -11,7 +11,7 @@ import optax
 from optax_superconv import _checks, _trees
 from optax_superconv._checks import listed
 from optax_superconv._numerics import wide_dtype
-from optax_superconv._records import states_in
+from optax_superconv._records import check_structured, states_in
 from optax_superconv._trees import Names
 from optax_superconv.transforms._averages import AverageState
 from optax_superconv.transforms._snapshots import SnapshotState
@@ -80,6 +80,7 @@ def eval_params(
       >>> print(osc.eval_params(state, params, name="swa")["w"])
       1.5
     """
+    check_structured(opt_state)
     found = [
         (name_there, at, state, tree)
         for at, state in _find_states(opt_state, AverageState, SnapshotState).items()

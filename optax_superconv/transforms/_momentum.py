@@ -68,6 +68,10 @@ def _zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
     return jax.tree.map(zeros, params)
 
 
+def _real_zeros_like(leaf: ArrayLike) -> jax.Array:
+    return jnp.zeros_like(leaf, dtype=jnp.finfo(wide_dtype(leaf)).dtype)
+
+
 def _kept(accumulator: Any) -> Any:
     return accumulator
 
@@ -225,11 +229,10 @@ def adam_from(
 
     def init_fn(params: optax.Params) -> ScaleByScheduledAdamState:
         count, dials, holds = _dials.first(given)
-        real = jax.tree.map(lambda p: jnp.real(jnp.asarray(p)), params)
         return ScaleByScheduledAdamState(
             count,
             mu=_zeros_like(params, mu_dtype),
-            nu=_zeros_like(real),
+            nu=jax.tree.map(_real_zeros_like, params),
             mu_weight=jnp.zeros([], jnp.float32),
             nu_weight=jnp.zeros([], jnp.float32),
             dials=dials,

@@ -125,7 +125,7 @@ def test_large_integers_are_numbers():
     assert osc.read_hyperparams(state)["learning_rate"] == np.float32(1e10)
 
 
-@pytest.mark.parametrize("mask", [{"bodyy": True}, jax.tree_util.Partial(lambda p: p)])
+@pytest.mark.parametrize("mask", [{"bodyy": True}, jax.tree_util.Partial(max, 1)])
 def test_a_mask_of_another_structure_is_named(mask):
     params = {"body": jnp.ones(2)}
     tx = osc.add_decayed_weights(0.1, mask)
