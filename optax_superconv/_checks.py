@@ -94,7 +94,10 @@ def number(
     value: Any,
     rule: Rule = FINITE,
 ) -> np.ndarray | None:
-    """Checks a number or an array of numbers. Returns it, or None if it is traced."""
+    """Checks a number or an array of numbers. Returns it, or None if it is traced.
+
+    The rule has to hold as the number is given, and as it is applied, in float32.
+    """
     if isinstance(value, jax.core.Tracer):
         return None
     array = None
@@ -112,8 +115,15 @@ def number(
             f"{type(value).__name__}."
         )
     array = array.astype(np.float64)
-    good = np.isfinite(array) & rule.holds(array)
-    require(np.all(good), name, rule.text, value)
+    with np.errstate(over="ignore"):
+        applied = array.astype(np.float32)
+    # Compiled programs take what is smaller than any normal number for 0.
+    applied = np.where(np.abs(applied) < np.finfo(np.float32).tiny, 0, applied)
+    both = rule.text if "finite" in rule.text else f"{rule.text} and finite"
+    require(np.all(np.isfinite(array)), name, both, value)
+    require(np.all(rule.holds(array)), name, rule.text, value)
+    good = np.isfinite(applied) & rule.holds(applied)
+    require(np.all(good), name, f"{both} in float32", value)
     return array
 
 

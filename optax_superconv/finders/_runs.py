@@ -34,13 +34,8 @@ def geometric_ladder(
     names: tuple[str, str] = ("min_value", "max_value"),
 ) -> np.ndarray:
     """(num_steps,) float32 rates from ``min_value`` to ``max_value``, both exactly."""
-    float32 = np.finfo(np.float32)
-    rule = _checks.Rule(
-        "above 0 and finite in float32",
-        lambda x: (x >= float32.tiny) & (x <= float32.max),
-    )
-    low = _checks.scalar(names[0], min_value, rule)
-    high = _checks.scalar(names[1], max_value, rule)
+    low = _checks.scalar(names[0], min_value, _checks.POSITIVE)
+    high = _checks.scalar(names[1], max_value, _checks.POSITIVE)
     above = f"above `{names[0]}` ({min_value}) in float32"
     _checks.require(np.float32(high) > np.float32(low), names[1], above, max_value)
     num_steps = _checks.steps("num_steps", num_steps, at_least=2)

@@ -627,7 +627,7 @@ BAD_VALUES = [
     # options, argument, rule, value
     ({"grid": {}}, "grid", "at least one axis", "none"),
     ({"grid": {"a": []}}, "grid['a']", "at least one value", "none"),
-    ({"grid": {"a": [1.0, np.nan]}}, "grid['a'][1]", "finite in float32", "nan"),
+    ({"grid": {"a": [1.0, np.nan]}}, "grid['a'][1]", "finite", "nan"),
     ({"grid": {"a": [1e39]}}, "grid['a'][0]", "finite in float32", "1e+39"),
     ({"grid": {"a": [0.1, 0.1]}}, "grid['a']", "distinct", "[0.1, 0.1]"),
     ({"grid": {"learning_rate": [1.0]}}, "grid", "climbs", "learning_rate"),

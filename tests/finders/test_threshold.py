@@ -377,7 +377,7 @@ BAD_VALUES = [
     ({"bounds": (1.0, 1.0)}, "bounds[1]", "above `bounds[0]` (1.0)", "1.0"),
     ({"bounds": (0.0, 0.1)}, "bounds[0]", "above 0", "0.0"),
     ({"bounds": (-1.0, 0.1)}, "bounds[0]", "above 0", "-1.0"),
-    ({"bounds": (1e-3, np.inf)}, "bounds[1]", "finite in float32", "inf"),
+    ({"bounds": (1e-3, np.inf)}, "bounds[1]", "above 0 and finite", "inf"),
     ({"num_steps": 1}, "num_steps", "at least 2", "1"),
     ({"num_rates": 2}, "num_rates", "at least 3", "2"),
     ({"rtol": 0.0}, "rtol", "at least 1e-6", "0.0"),

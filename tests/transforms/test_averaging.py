@@ -566,10 +566,6 @@ BAD = {
         SGD.init(PARAMS), PARAMS, {},
         "`opt_state` must be of an optimizer with an average, got EmptyState",
     ),
-    "no-state": (
-        PARAMS, PARAMS, {},
-        "`opt_state` must be of an optimizer with an average, got a dict",
-    ),
     "which": (TWO, PARAMS, {}, "`name` must be one of 'ema', 'swa', got None"),
     "unknown": (
         TWO, PARAMS, {"name": "lawa"},
