@@ -41,9 +41,10 @@ from optax_superconv.schedules._phases import Phase, phase_schedule
 from optax_superconv.schedules._refined import refined_schedule
 from optax_superconv.transforms._averages import average_params, ema_params, swa_params
 from optax_superconv.transforms._batch_stats import recalibrate_batch_stats
+from optax_superconv.transforms._describe import describe_groups
 from optax_superconv.transforms._eval_params import eval_params
 from optax_superconv.transforms._gradient_norms import record_gradient_norms
-from optax_superconv.transforms._groups import describe_groups, scale_by_group
+from optax_superconv.transforms._groups import scale_by_group
 from optax_superconv.transforms._labels import label_by_depth, label_by_path
 from optax_superconv.transforms._learning_rate import scale_by_learning_rate
 from optax_superconv.transforms._momentum import (

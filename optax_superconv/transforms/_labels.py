@@ -10,7 +10,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -150,7 +150,7 @@ _NORM = r"(\w+_)?(layer_?|rms_?)?norm(_\w+)?|ln|ln_(f|final|post)"
 _NUMBERED = r".*?(\d+)"
 
 
-def _place(name: str, is_leaf: bool) -> tuple[str, int] | None:
+def _place(name: str, is_leaf: bool, numbers: bool) -> tuple[str, int] | None:
     """What a name says about depth: a stem, a head, a final norm, or a number."""
     word = name.lower()
     if word == "cls" and not is_leaf:  # A token in vision, BERT's head in language.
@@ -159,9 +159,18 @@ def _place(name: str, is_leaf: bool) -> tuple[str, int] | None:
         return "head", 0
     if re.fullmatch(rf"({_STEM})(_\d+)?", word):
         return "stem", 0
-    if numbered := re.fullmatch(_NUMBERED, word):
+    if numbers and (numbered := re.fullmatch(_NUMBERED, word)):
         return "block", int(numbered[1])
     return ("norm", 0) if re.fullmatch(_NORM, word) else None
+
+
+class _Place(NamedTuple):
+    """What a path says about depth."""
+
+    where: str  # stem, block, norm or head
+    index: int = 0  # of the block
+    before: str = ""  # the number, up to the root
+    rest: str = ""  # of the path, behind the number
 
 
 def label_by_depth(
@@ -181,9 +190,11 @@ def label_by_depth(
     then the blocks in the order of their numbers, the final norm with the last block,
     the head one above. A 12-block transformer has 14 groups.
 
-    Check the result with :func:`describe_groups`: names can mislead. Where lists number
-    on their own (``Conv_0``, ``Conv_1``, ``Dense_0``) there is a warning; give a
-    pattern or a ``head`` then.
+    One numbered stack is read. Two that count on their own (an encoder and a decoder,
+    two towers, ``Conv_0`` and ``Conv_1`` beside ``Dense_0``) are an error, since equal
+    numbers would get equal depths; norms that are numbered like the layers beside them
+    are not. A ``pattern`` then finds the stack, and ``stem`` and ``head`` say where the
+    others belong. Check the result with :func:`describe_groups`: names can mislead.
 
     Args:
       pattern: A regular expression with a group that finds the number, as ``re.search``
@@ -203,7 +214,8 @@ def label_by_depth(
 
     Raises:
       ValueError: When the function is called, if a path has neither a number nor a
-        known name. The message lists these paths.
+        known name, if there are several stacks, or if all blocks have one number and
+        others stand deeper (``resnet50/layers/3``). The message lists what was found.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -227,28 +239,24 @@ def label_by_depth(
         _checks.require(number.groups > 0, "pattern", rule, repr(pattern))
     named = {"stem": _regexes("stem", stem), "head": _regexes("head", head)}
 
-    def place(path: str) -> tuple[str, int, str] | None:
-        """Where a path belongs, its number, and what stands before the number."""
+    def place(path: str) -> _Place | None:
         names = ["/".join(begin) for begin in _trees.begins_of((*path.split("/"),))[1:]]
         for where, patterns in named.items():
             if any(p.fullmatch(begin) for p in patterns for begin in names):
-                return where, 0, ""
+                return _Place(where)
         if number is not None and (found := number.search(path)):
             digits = next((g for g in found.groups() if g and g.isdecimal()), None)
             if digits is not None:
-                return "block", int(digits), ""
+                return _Place("block", int(digits))
         for begin in names:
-            found_here = _place(begin.rsplit("/", 1)[-1], begin == path)
-            if found_here is None or (found_here[0] == "block" and number is not None):
-                continue
-            where, index = found_here
-            # Leaves that are numbered themselves, w_0 and b_0, lie side by side.
-            before = "" if begin == path else begin.rstrip("0123456789")
-            return where, index, before
+            name = begin.rsplit("/", 1)[-1]
+            if found_here := _place(name, begin == path, number is None):
+                rest = path[len(begin) + 1 :]
+                return _Place(*found_here, begin.rstrip("0123456789"), rest)
         return None
 
     def label_fn(params: optax.Params) -> Labels:
-        places: dict[str, tuple[str, int, str]] = {}
+        places: dict[str, _Place] = {}
         lost: list[str] = []
 
         def find(path: str, leaf: Any) -> None:
@@ -259,19 +267,20 @@ def label_by_depth(
                 lost.append(path + " (hidden as a whole)" * _trees.is_hole(leaf))
 
         _trees.map_with_paths(find, params, holes=True)
+        blocks = [found for found in places.values() if found.where == "block"]
+        if number is None:
+            _check_one_stack(blocks)
         if lost:
             raise ValueError(
                 "`params` must have a number or a known name in every path, got "
                 f"{listed(lost)}. Name what is nearest the input in `stem`, what is "
                 "above the blocks in `head`, or how blocks are numbered in `pattern`; "
-                "mask the leaves of a subtree one by one."
+                "mask the leaves of a subtree one by one. (Layers that are stacked in "
+                "one leaf have no numbers: `label_by_path` names them, and their "
+                "multiplier is an array.)"
             )
-        blocks = {path: found for path, found in places.items() if found[0] == "block"}
-        numbers = sorted({index for _, index, _ in blocks.values()})
-        if number is None:
-            _warn_of_separate_counts(blocks)
-            _warn_of_a_single_number(blocks)
-        first = int(any(where == "stem" for where, *_ in places.values()))
+        numbers = sorted({found.index for found in blocks})
+        first = int(any(found.where == "stem" for found in places.values()))
         top = first + len(numbers)
         depths = {index: first + rank for rank, index in enumerate(numbers)}
         last = top if final_norm == "head" else max(top - 1, 0)
@@ -280,51 +289,57 @@ def label_by_depth(
         def depth(path: str, leaf: Any) -> Any:
             if leaf is None or _trees.is_hole(leaf):
                 return leaf
-            where, index, _ = places[path]
-            return depths[index] if where == "block" else outside[where]
+            found = places[path]
+            is_block = found.where == "block"
+            return depths[found.index] if is_block else outside[found.where]
 
         return _trees.map_with_paths(depth, params, holes=True)
 
     return label_fn
 
 
-_ADVICE = (
-    "Give a `pattern`, `stem` or `head` if that is wrong; `describe_groups` shows the "
-    "depths."
-)
+def _check_one_stack(blocks: list[_Place]) -> None:
+    """Raises if lists count apart, or if all have a number before their own."""
+    stacks: dict[str, set[int]] = {}
+    for found in blocks:
+        stacks.setdefault(found.before, set()).add(found.index)
+    whole = {found.before for found in blocks if not found.rest}
 
+    def is_beside(one: str, other: str) -> bool:
+        """Norms that are numbered like their layers, or weights like their biases."""
+        (parent, _, kind), (other_parent, _, other_kind) = (
+            name.rstrip("/").rpartition("/") for name in (one, other)
+        )
+        norms = re.search(r"norm|bn|ln", f"{kind} {other_kind}".lower())
+        same = parent == other_parent and stacks[one] == stacks[other]
+        return same and (bool(norms) or {one, other} <= whole)
 
-def _warn_of_separate_counts(blocks: dict[str, tuple[str, int, str]]) -> None:
-    """Lists that count apart, ``Conv_0, Conv_1, Dense_0``; a list of norms may."""
-    lists: dict[str, set[int]] = {}
-    for _, index, before in blocks.values():
-        lists.setdefault(before, set()).add(index)
-    norms = {name for name in lists if re.search("norm|bn|ln", name.lower())}
-    for (one, mine), (other, others) in itertools.combinations(lists.items(), 2):
-        beside = mine == others and {one, other} & norms
-        if mine & others and not beside:
-            warnings.warn(
-                f"`params` number {one!r} and {other!r} separately ({sorted(mine)} and "
-                f"{sorted(others)}), yet equal numbers get equal depths. {_ADVICE}",
-                stacklevel=4,
-            )
-            return
-
-
-def _warn_of_a_single_number(blocks: dict[str, tuple[str, int, str]]) -> None:
-    """The number of a network, ``resnet50/layers/3``, is the first in every path."""
-    if len({index for _, index, _ in blocks.values()}) > 1:
-        return
-    rest = {
-        path[len(before) :].partition("/")[2]
-        for path, (_, _, before) in blocks.items()
-        if before
+    apart = [
+        pair
+        for pair in itertools.combinations(stacks, 2)
+        if stacks[pair[0]] & stacks[pair[1]] and not is_beside(*pair)
+    ]
+    if apart:
+        several = sorted({name for pair in apart for name in pair})
+        found_here = ", ".join(
+            f"{name!r} with {listed(sorted(stacks[name]))}" for name in several[:8]
+        )
+        raise ValueError(
+            "`params` must have one numbered stack, got several that count on their "
+            f"own: {found_here}. Give the `pattern` of one, such as "
+            f"{re.escape(several[0])}(\\d+), and name the others in `stem` or `head`; "
+            "or give every group its label with `label_by_path`."
+        )
+    deeper = {
+        int(number)
+        for found in blocks
+        for number in re.findall(r"(\d+)(?:/|$)", found.rest)[:1]
     }
-    numbers = {int(n) for tail in rest for n in re.findall(r"(\d+)(?:/|$)", tail)[:1]}
-    if len(numbers) > 1:
-        (index,) = {index for _, index, _ in blocks.values()}
-        warnings.warn(
-            f"`params` have the number {index} before all others in every path, so "
-            f"that there is one block; {sorted(numbers)} stand deeper. {_ADVICE}",
-            stacklevel=4,
+    numbers = {found.index for found in blocks}
+    if len(numbers) == 1 and len(deeper) > 1:
+        raise ValueError(
+            "`params` must have numbers that count blocks, got "
+            f"{listed(numbers)} before all others in every path, and "
+            f"{listed(sorted(deeper))} deeper. Give the `pattern` of those that count, "
+            r"such as layers/(\d+), or rules to `label_by_path`."
         )

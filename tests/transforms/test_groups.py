@@ -806,21 +806,62 @@ def test_a_dict_of_multipliers_may_change_afterwards():
 # --- a table for a person -------------------------------------------------------------
 
 
-def test_the_table_shows_path_group_and_multiplier():
-    params = {"embed": jnp.ones(1), "layers": [{"w": jnp.ones(1)}], "head": jnp.ones(1)}
+TABLED = {
+    "embed": jnp.ones((3, 5)),
+    "layers": [{"w": jnp.ones((40, 30)), "b": jnp.ones(30), "g": jnp.ones(())}],
+    "head": jnp.ones(1),
+}
+
+
+def test_the_table_has_a_line_for_each_group():
     label = osc.label_by_depth()
     multipliers = {0: 1 / 3, 1: lambda count: 0.5 + count, 2: 1.0}
-    assert osc.describe_groups(params, label, multipliers).splitlines() == [
-        "path        group  multiplier",
-        "embed       0      0.3333",
-        "head        2      1",
-        "layers/0/w  1      0.5",
+    assert osc.describe_groups(TABLED, label, multipliers).splitlines() == [
+        "group  leaves  parameters  multiplier  paths",
+        "0           1          15      0.3333  embed",
+        "1           3       1,231         0.5  layers/0/b, layers/0/g, ...",
+        "2           1           1           1  head",
+    ]
+
+
+def test_the_table_has_a_line_for_each_leaf_on_request():
+    label = osc.label_by_depth()
+    multipliers = {0: 1 / 3, 1: lambda count: 0.5 + count, 2: 1.0}
+    found = osc.describe_groups(TABLED, label, multipliers, leaves=True)
+    assert found.splitlines() == [
+        "group  parameters  multiplier  path",
+        "0          (3, 5)      0.3333  embed",
+        "2            (1,)           1  head",
+        "1           (30,)         0.5  layers/0/b",
+        "1              ()         0.5  layers/0/g",
+        "1        (40, 30)         0.5  layers/0/w",
     ]
 
 
 def test_the_table_does_without_multipliers():
     table = osc.describe_groups({"a": jnp.ones(1), "b": jnp.ones(1)}, ["x", "y"][0])
-    assert table == "path  group\na     x\nb     x"
+    assert table.splitlines() == [
+        "group  leaves  parameters  paths",
+        "x           2           2  a, b",
+    ]
+
+
+def test_the_table_shows_the_ends_of_an_array():
+    multipliers = {0: np.linspace(0.1, 1, 12), 1: 1.0}
+    table = osc.describe_groups(
+        {"layers": jnp.ones((12, 2)), "head": jnp.ones(2)},
+        {"layers": 0, "head": 1},
+        multipliers,
+    )
+    assert table.splitlines()[1] == "0           1          24  0.1 ... 1 (12)  layers"
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_the_table_takes_what_has_shapes_only(leaves):
+    label = osc.label_by_depth()
+    abstract = jax.eval_shape(lambda: TABLED)
+    found = osc.describe_groups(abstract, label, leaves=leaves)
+    assert found == osc.describe_groups(TABLED, label, leaves=leaves)
 
 
 def test_the_table_takes_multipliers_as_a_function_and_variables():
@@ -830,9 +871,9 @@ def test_the_table_takes_multipliers_as_a_function_and_variables():
         osc.label_by_path([("bias", 0), ("kernel", 1)]),
         functools.partial(osc.layerwise_multipliers, decay=0.5),
     )
-    assert table.splitlines()[1:] == [
-        "bias    0      0.5",
-        "kernel  1      1",
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["0", "1", "1", "0.5", "bias"],
+        ["1", "1", "1", "1", "kernel"],
     ]
 
 

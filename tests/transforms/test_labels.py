@@ -499,10 +499,10 @@ PLAIN = {
 def test_a_plain_dict_labels_any_container_by_its_paths(params, labels):
     params = jax.tree.map(jnp.ones_like, params)
     updates = scaled(params, labels, {0: 0.0, 1: 1.0})
-    lines = osc.describe_groups(params, labels).splitlines()[1:]
+    lines = osc.describe_groups(params, labels, leaves=True).splitlines()[1:]
     for line, leaf in zip(lines, jax.tree.leaves(updates), strict=True):
-        assert bool(leaf.any()) == line.endswith("1")
-    assert {line.split()[1] for line in lines} == {"0", "1"}
+        assert bool(leaf.any()) == line.startswith("1")
+    assert {line[0] for line in lines} == {"0", "1"}
 
 
 def test_leaves_with_one_path_may_have_labels_of_their_own():
@@ -554,9 +554,7 @@ def test_a_bad_rule_is_refused_when_it_is_given(rules, kind, message):
 
 
 def depths(paths, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return flat(osc.label_by_depth(**options)(nested(paths)))
+    return flat(osc.label_by_depth(**options)(nested(paths)))
 
 
 def timm_vit(blocks=12):
@@ -745,16 +743,191 @@ def test_paths_with_neither_number_nor_name_are_listed():
     assert "got 'mystery/kernel', 'riddle'." in str(error.value)
 
 
-def test_lists_that_number_apart_give_a_warning():
-    params = nested(["Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"])
-    with pytest.warns(UserWarning, match=r"'Conv_' and 'Dense_'.*\[0, 1\] and \[0\]"):
-        labels = flat(osc.label_by_depth()(params))
-    assert labels == {"Conv_0/kernel": 0, "Conv_1/kernel": 1, "Dense_0/kernel": 0}
+def vision_transformer(blocks=2):
+    """Flax's scan over layers, and the same unrolled."""
+    inside = ["LayerNorm_0/scale", "Attention_0/query/kernel", "MlpBlock_0/Dense_1/w"]
+    return {f"encoderblock_{k}/{name}": k for k in range(blocks) for name in inside}
 
 
-def test_a_head_ends_that_warning():
-    paths = ["Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"]
-    assert depths(paths, head="Dense_0") == dict(zip(paths, (0, 1, 2), strict=True))
+def under(prefix, paths):
+    return [f"{prefix}/{path}" for path in paths]
+
+
+def numbered(name, count):
+    return [f"{name}{k}/kernel" for k in range(count)]
+
+
+T5 = [
+    "shared/embedding",
+    *under("encoder", numbered("block/", 3)),
+    *under("decoder", numbered("block/", 3)),
+    "lm_head/kernel",
+]
+TORCH_RESNET = [
+    "conv1/kernel", "bn1/scale", "fc/kernel",
+    *(f"layer{k}/{j}/conv1/kernel" for k in (1, 2, 3, 4) for j in (0, 1, 2, 3)),
+]  # fmt: skip
+FLAX_RESNET = [
+    "conv_init/kernel", "bn_init/scale", "Dense_0/kernel",
+    *(f"ResNetBlock_{k}/Conv_{c}/kernel" for k in range(4) for c in (0, 1)),
+]  # fmt: skip
+CLIP = [
+    *under("text_model", ["embeddings/token_embedding/embedding"]),
+    *under("text_model/encoder", numbered("layers/", 2)),
+    *under("vision_model", ["embeddings/class_embedding"]),
+    *under("vision_model/encoder", numbered("layers/", 3)),
+    "logit_scale",
+]
+# Paths of several stacks, what the error shows of them, and options that follow it.
+SEVERAL = {
+    "convolutions and a dense layer": (
+        ["Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"],
+        "'Conv_' with 0, 1, 'Dense_' with 0.",
+        {"pattern": r"Conv_(\d+)", "head": "Dense_0"},
+        [0, 1, 2],
+    ),
+    "of equal length": (
+        [*numbered("Conv_", 2), *numbered("Dense_", 2)],
+        "'Conv_' with 0, 1, 'Dense_' with 0, 1.",
+        {"pattern": r"Conv_(\d+)", "head": r"Dense_\d"},
+        [0, 1, 2, 2],
+    ),
+    "T5": (
+        T5,
+        "'decoder/block/' with 0, 1, 2, 'encoder/block/' with 0, 1, 2.",
+        {"pattern": r"decoder/block/(\d+)", "stem": ["shared", "encoder"]},
+        [0, *3 * [0], 1, 2, 3, 4],
+    ),
+    "T5, the encoder": (
+        T5,
+        "'decoder/block/' with 0, 1, 2",
+        {"pattern": r"encoder/block/(\d+)", "stem": "shared", "head": "decoder"},
+        [0, 1, 2, 3, *3 * [4], 4],
+    ),
+    "one layer each": (
+        ["Encoder_0/Dense_0/kernel", "Decoder_0/Dense_0/kernel"],
+        "'Decoder_' with 0, 'Encoder_' with 0.",
+        {"stem": "Encoder_0", "head": "Decoder_0"},
+        [0, 1],
+    ),
+    "two towers": (
+        CLIP,
+        "'text_model/encoder/layers/' with 0, 1, "
+        "'vision_model/encoder/layers/' with 0, 1, 2.",
+        {
+            "pattern": r"vision_model/encoder/layers/(\d+)",
+            "stem": "text_model",
+            "head": "logit_scale",
+        },
+        [0, 0, 0, 0, 1, 2, 3, 4],
+    ),
+    "torchvision's ResNet": (
+        TORCH_RESNET,
+        "'bn' with 1, 'conv' with 1, 'layer' with 1, 2, 3, 4.",
+        {"pattern": r"layer(\d)", "stem": ["conv1", "bn1"]},
+        [0, 0, 5, *4 * [1], *4 * [2], *4 * [3], *4 * [4]],
+    ),
+    "Flax's ResNet": (
+        [p for p in FLAX_RESNET if "init" not in p],
+        "'Dense_' with 0, 'ResNetBlock_' with 0, 1, 2, 3.",
+        {"pattern": r"ResNetBlock_(\d+)", "head": "Dense_0"},
+        [4, 0, 0, 1, 1, 2, 2, 3, 3],
+    ),
+    "a final norm that is numbered": (
+        [*numbered("Block_", 2), "LayerNorm_0/scale"],
+        "'Block_' with 0, 1, 'LayerNorm_' with 0.",
+        {"pattern": r"Block_(\d+)"},
+        [0, 1, 1],
+    ),
+    "norms of another tower": (
+        ["a/layers/0/w", "a/layers/1/w", "b/norms/0/w", "b/norms/1/w"],
+        "'a/layers/' with 0, 1, 'b/norms/' with 0, 1.",
+        {"pattern": r"a/layers/(\d+)", "head": "b"},
+        [0, 1, 2, 2],
+    ),
+    "names with norm in them": (
+        ["online/layers/0/w", "online/layers/1/w", "target/layers/0/w",
+         "target/layers/1/w"],
+        "'online/layers/' with 0, 1, 'target/layers/' with 0, 1.",
+        {"pattern": r"layers/(\d+)"},
+        [0, 1, 0, 1],
+    ),
+    "Haiku's MLPs": (
+        ["mlp/~/linear_0/w", "mlp/~/linear_1/w", "mlp_1/~/linear_0/w"],
+        "'mlp/~/linear_' with 0, 1, 'mlp_' with 1.",
+        {"pattern": r"mlp/~/linear_(\d+)", "head": "mlp_1"},
+        [0, 1, 2],
+    ),
+    "leaves of two lists": (
+        ["encoder/w_0", "encoder/w_1", "decoder/w_0", "decoder/w_1"],
+        "'decoder/w_' with 0, 1, 'encoder/w_' with 0, 1.",
+        {"pattern": r"encoder/w_(\d)", "head": "decoder"},
+        [0, 1, 2, 2],
+    ),
+    "leaves that count apart": (
+        ["conv_0", "conv_1", "dense_0"],
+        "'conv_' with 0, 1, 'dense_' with 0.",
+        {"pattern": r"conv_(\d)", "head": "dense_0"},
+        [0, 1, 2],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("paths", "shown", "options", "wanted"), SEVERAL.values(), ids=SEVERAL
+)
+def test_several_stacks_are_listed_and_the_advice_works(paths, shown, options, wanted):
+    with pytest.raises(ValueError, match="`params` must have one numbered") as error:
+        depths(paths)
+    assert f"got several that count on their own: {shown}" in str(error.value)
+    assert depths(paths, **options) == dict(zip(paths, wanted, strict=True))
+
+
+def test_the_pattern_that_is_proposed_is_one():
+    with pytest.raises(ValueError, match="such as ") as error:
+        depths(CLIP)
+    (pattern,) = re.findall(r"such as (.*?), and", str(error.value))
+    found = depths(CLIP, pattern=pattern, head="vision_model|logit_scale")
+    assert found["text_model/encoder/layers/1/kernel"] == 2
+
+
+ONE_STACK = {
+    "layers and their norms": [
+        "Conv_0/w", "BatchNorm_0/w", "Conv_1/w", "BatchNorm_1/w",
+    ],
+    "norms in a list": ["convs/0/w", "convs/1/w", "bns/0/w", "bns/1/w"],
+    "weights and biases": ["w_0", "b_0", "w_1", "b_1"],
+    "inside of blocks": list(vision_transformer()),
+    "one numbering over two kinds": ["conv_0/w", "conv_1/w", "dense_2/w", "dense_3/w"],
+    "a number in the name of a network": ["resnet50/stem/w", "resnet50/head/w"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("paths", ONE_STACK.values(), ids=ONE_STACK)
+def test_what_lies_side_by_side_is_one_stack(paths):
+    depths(paths)
+
+
+ONE_NUMBER = {
+    "network": ["resnet50/layers/0", "resnet50/layers/1", "head/w"],
+    "module": ["MLP_0/Dense_0/w", "MLP_0/Dense_1/w"],
+}
+
+
+@pytest.mark.parametrize("paths", ONE_NUMBER.values(), ids=ONE_NUMBER)
+def test_a_number_before_all_others_counts_no_blocks(paths):
+    with pytest.raises(
+        ValueError, match=r"before all others in every path.* 0, 1 deep"
+    ):
+        depths(paths)
+    pattern = r"(?:layers/|Dense_)(\d+)"
+    found = depths(paths, pattern=pattern)
+    assert [found[path] for path in paths[:2]] == [0, 1]
+
+
+def test_layers_in_one_leaf_are_pointed_to_arrays():
+    with pytest.raises(ValueError, match=r"'layers/kernel'.*multiplier is an array"):
+        depths(["embed/w", "layers/kernel", "head/w"])
 
 
 def test_depths_do_not_change_where_partition_hides_a_part():
@@ -791,37 +964,6 @@ BAD_OPTIONS = {
 def test_a_bad_option_is_refused_when_it_is_given(options, kind, message):
     with pytest.raises(kind, match=f"^{message}"):
         osc.label_by_depth(**options)
-
-
-def test_warns_of_two_lists_of_equal_length():
-    leaf = {"kernel": jnp.ones(1)}
-    params = {name: leaf for name in ("Conv_0", "Conv_1", "Dense_0", "Dense_1")}
-    with pytest.warns(UserWarning, match="'Conv_' and 'Dense_' separately"):
-        osc.label_by_depth()(params)
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("Conv_0/w", "BatchNorm_0/w", "Conv_1/w", "BatchNorm_1/w"),
-        ("w_0", "b_0", "w_1", "b_1"),
-        ("resnet50/stem/w", "resnet50/head/w"),
-    ],
-)
-def test_does_not_warn_of_what_lies_side_by_side(names):
-    params = {}
-    for name in names:
-        first, *rest = name.split("/")
-        params[first] = {rest[0]: jnp.ones(1)} if rest else jnp.ones(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        osc.label_by_depth()(params)
-
-
-def test_warns_of_a_number_before_all_others():
-    params = {"resnet50": {"layers": [jnp.ones(1)] * 3}, "head": jnp.ones(1)}
-    with pytest.warns(UserWarning, match="number 50 before all others"):
-        osc.label_by_depth()(params)
 
 
 def test_a_subtree_that_is_hidden_as_a_whole_is_an_error():
