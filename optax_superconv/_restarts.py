@@ -14,8 +14,10 @@ from jax.typing import ArrayLike
 from optax_superconv import _checks, _dials, _records, _settings, _trees
 from optax_superconv._records import Place
 
-# Optax exports no name for this state.
-_DecayCount: type = type(optax.add_decayed_weights(lambda count: count).init(()))
+# Optax exports no name for this state. An array would start the backend at import.
+_DecayCount: type = type(
+    jax.eval_shape(optax.add_decayed_weights(lambda count: count).init, ())
+)
 _COUNTED = (optax.ScaleByScheduleState, _DecayCount)
 
 

@@ -179,3 +179,13 @@ def test_importing_the_package_imports_no_extra():
     imported = set(run.stdout.split())
     assert "optax" in imported  # So an import would show.
     assert not imported & {"matplotlib", "flax", "rich", "sklearn"}
+
+
+def test_an_import_leaves_the_backend_to_be_set_up():
+    """Or ``jax.distributed.initialize`` and counts of devices would come too late."""
+    code = (
+        "import jax, optax_superconv, optax_superconv.plotting\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"
+        "assert jax.device_count() == 3\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

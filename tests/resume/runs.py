@@ -105,7 +105,14 @@ def make_step(make):
     return tx, step_fn
 
 
-def go_on(step_fn, carry, begin, done, keep=lambda step, carry: None):
+def go_on(
+    step_fn,
+    carry,
+    begin,
+    done,
+    keep=lambda step, carry: None,
+    fetch=jax.device_get,
+):
     """From before a step to the end: the last carry and what was read on the way."""
     reads = []
     for step in range(begin, STEPS):
@@ -114,7 +121,7 @@ def go_on(step_fn, carry, begin, done, keep=lambda step, carry: None):
         state = done.get(step, lambda state: state)(state)
         carry = step_fn(params, state)
         reads.append(osc.read_hyperparams(carry[1]))
-    return jax.device_get((carry, reads))
+    return fetch((carry, reads))
 
 
 def restored(form, folder, likes):
