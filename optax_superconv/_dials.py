@@ -291,10 +291,8 @@ def check_structured(opt_state: Any) -> None:
 
     def is_bare(node: Any) -> bool:
         keys = {*node} if isinstance(node, Mapping) else set()
-        ours = "count" in keys and not keys.isdisjoint(
-            {"holds", "facts", "num_samples"}
-        )
-        return ours or {"hyperparams", "inner_state"} <= keys
+        ours = "count" in keys and keys & {"holds", "facts", "num_samples"}
+        return bool(ours) or {"hyperparams", "inner_state"} <= keys
 
     nodes = jax.tree.leaves(opt_state, is_leaf=is_bare)
     if any(map(is_bare, nodes)):

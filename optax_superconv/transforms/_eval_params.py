@@ -15,7 +15,7 @@ from optax_superconv._checks import listed
 from optax_superconv._dials import check_structured, states_in
 from optax_superconv._numerics import wide_dtype
 from optax_superconv._trees import Names
-from optax_superconv.transforms._averages import AverageState, SnapshotState
+from optax_superconv.transforms._samples import AverageState, SnapshotState
 
 
 def _positions(averages: optax.Params, params: optax.Params) -> dict[Names, Any]:

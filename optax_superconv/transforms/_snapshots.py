@@ -14,7 +14,8 @@ from jax.typing import ArrayLike
 from optax_superconv import _checks
 from optax_superconv._numerics import increment
 from optax_superconv._trees import is_hole
-from optax_superconv.transforms._averages import (
+from optax_superconv.transforms._link import given, link
+from optax_superconv.transforms._samples import (
     SnapshotState,
     check_shape,
     is_averaged,
@@ -22,7 +23,6 @@ from optax_superconv.transforms._averages import (
     kept,
     sampler,
 )
-from optax_superconv.transforms._link import given, link
 
 
 def lawa_params(
