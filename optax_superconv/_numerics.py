@@ -49,7 +49,7 @@ def accumulator(leaf: ArrayLike, dtype: Any = None) -> jax.Array:
     None is the dtype of the leaf, but at least float32.
     """
     if dtype is not None and jnp.iscomplexobj(leaf):
-        dtype = wide_dtype(dtype, np.complex64)
+        dtype = wide_dtype(np.zeros((), dtype), np.complex64(0))
     return jnp.zeros_like(leaf, dtype=dtype or wide_dtype(leaf))
 
 
