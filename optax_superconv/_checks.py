@@ -160,6 +160,19 @@ def number_or_schedule(
         single_number(name, value, rule)
 
 
+def float_dtype(name: str, value: Any) -> np.dtype | None:
+    """Returns a floating-point dtype; None stays None."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = np.dtype(object)
+    good = jnp.issubdtype(dtype, jnp.floating)
+    require(good, name, "a floating-point type", repr(value))
+    return dtype
+
+
 def function(name: str, value: Any) -> None:
     """Raises ``TypeError`` unless ``value`` can be called."""
     if not callable(value):

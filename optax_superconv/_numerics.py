@@ -48,6 +48,16 @@ def narrow(wide: jax.Array, leaf: ArrayLike) -> jax.Array:
     return wide.astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else wide
 
 
+def accumulator(leaf: ArrayLike, dtype: Any = None) -> jax.Array:
+    """Zeros like the leaf in a real dtype, which is made complex for a complex leaf.
+
+    None is the dtype of the leaf, but at least float32.
+    """
+    if dtype is not None and jnp.iscomplexobj(leaf):
+        dtype = wide_dtype(np.zeros((), dtype), np.complex64(0))
+    return jnp.zeros_like(leaf, dtype=dtype or wide_dtype(leaf))
+
+
 def times(value: jax.Array, wide: jax.Array) -> jax.Array:
     """A hyperparameter times a widened leaf, in the leaf's dtype."""
     return value.astype(wide.dtype) * wide

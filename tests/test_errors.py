@@ -578,7 +578,7 @@ BAD_VALUES = [
         lambda: osc.ema_params(0.9, accumulator_dtype=int),
         "accumulator_dtype",
         "a floating-point type",
-        "int64",
+        "<class 'int'>",
     ),
 ]
 

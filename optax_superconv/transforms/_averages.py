@@ -9,6 +9,9 @@ update, passes the updates on, and keeps
 With :math:`w_n = 1 / (n + 1)` that is the plain mean, and with a mean's own weights any
 other; nothing remains to be debiased when it is read.
 
+A sample that is not finite anywhere is left out, as if its step had not been one to
+sample: a single one would stay in the average for ever.
+
 Accumulators are float32 or wider whatever the parameters: in bfloat16 an average with
 decay 0.999 stops moving at a quarter of its goal.
 """
@@ -16,42 +19,32 @@ decay 0.999 stops moving at a quarter of its goal.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath, tree_map_with_path
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
 from optax_superconv._dials import value_at
-from optax_superconv._numerics import increment, weight_after, wide_dtype
+from optax_superconv._numerics import (
+    accumulator,
+    increment,
+    weight_after,
+    wide_dtype,
+)
 from optax_superconv._trees import is_hole
 from optax_superconv.transforms._link import given, link
-
-
-class AverageState(NamedTuple):
-    """State of :func:`average_params` and of the averages that are made of it."""
-
-    count: jax.Array  # (), int32
-    num_samples: jax.Array  # (), int32
-    total_weight: jax.Array  # (), float32; the average of a constant 1
-    averages: dict[str, optax.Params]  # name to a tree like the parameters
-
-
-def is_averaged(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-
-
-def sampler(start_step: int, every: int, name: str) -> Callable[[jax.Array], jax.Array]:
-    """Checks when samples are taken, and says whether the update at a count is one."""
-    start_step = _checks.steps("start_step", start_step)
-    every = _checks.steps("every", every, at_least=1)
-    if not isinstance(name, str):
-        raise TypeError(
-            f"`name` must be a string, got {name!r} of type {type(name).__name__}."
-        )
-    return lambda count: (count >= start_step) & ((count - start_step) % every == 0)
+from optax_superconv.transforms._samples import (
+    AverageState,
+    check_shape,
+    is_averaged,
+    is_finite,
+    kept,
+    sampler,
+)
 
 
 def _average(
@@ -63,21 +56,13 @@ def _average(
 ) -> optax.GradientTransformationExtraArgs:
     """Averages with ``gain(count, num_samples)``, over the gains' own average of 1."""
     is_sample = sampler(start_step, every, name)
-    if accumulator_dtype is not None:
-        accumulator_dtype = jnp.dtype(accumulator_dtype)
-        _checks.require(
-            jnp.issubdtype(accumulator_dtype, jnp.floating),
-            "accumulator_dtype",
-            "a floating-point type",
-            accumulator_dtype,
-        )
+    accumulator_dtype = _checks.float_dtype("accumulator_dtype", accumulator_dtype)
 
     def init_fn(params: optax.Params) -> AverageState:
         def zeros(leaf: ArrayLike) -> Any:
             if not is_averaged(leaf):
                 return optax.MaskedNode()
-            dtype = None if jnp.iscomplexobj(leaf) else accumulator_dtype
-            return jnp.zeros_like(leaf, dtype=dtype or wide_dtype(leaf))
+            return accumulator(leaf, accumulator_dtype)
 
         count, num_samples = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         averages = {name: jax.tree.map(zeros, params)}
@@ -86,22 +71,24 @@ def _average(
     def update_fn(
         updates: optax.Updates, state: AverageState, params: optax.Params | None
     ) -> tuple[optax.Updates, AverageState]:
+        means = kept(state, name)
         after = optax.apply_updates(given(params, "average them"), updates)
-        sampled = is_sample(state.count)
+        sampled = is_sample(state.count) & is_finite(after)
         added = gain(state.count, state.num_samples)
         total = weight_after(state.total_weight, added)
         # Where every decay so far was 1, the last sample has all the weight.
         weight = jnp.where(total > 0, added / total, 1.0)
 
-        def blend(mean: Any, leaf: Any) -> Any:
+        def blend(keys: KeyPath, mean: Any, leaf: Any) -> Any:
             if is_hole(mean):
                 return mean
+            check_shape(keys, mean, leaf)
             dtype = wide_dtype(leaf, mean)
             wide = mean.astype(dtype)
             wide = wide + weight.astype(dtype) * (leaf.astype(dtype) - wide)
             return jnp.where(sampled, wide.astype(mean.dtype), mean)
 
-        averages = jax.tree.map(blend, state.averages[name], after, is_leaf=is_hole)
+        averages = tree_map_with_path(blend, means, after, is_leaf=is_hole)
         return updates, AverageState(
             increment(state.count),
             jnp.where(sampled, increment(state.num_samples), state.num_samples),
@@ -140,6 +127,16 @@ def average_params(
     The update of step ``count`` = 0, 1, ... gives a sample if ``count`` is
     ``start_step`` or a multiple of ``every`` steps later. (To sample the ends of epochs
     of E steps from epoch k = 0, 1, ... on: ``start_step=(k + 1) * E - 1, every=E``.)
+    A sample with a parameter that is not finite is left out and not counted.
+
+    An average may go on with other numbers than before, such as another weight or
+    decay; they hold for the samples to come. Its name and its shapes must stay.
+
+    Batch statistics and whatever else was made for the weights of a step do not suit
+    an average of them. Running statistics of batch norms:
+    :func:`recalibrate_batch_stats`. The vectors of spectral norms, and scales of
+    quantised weights, are to be computed anew from the averaged weights, as by some
+    forward passes in training mode.
 
     Args:
       weight: :math:`w(n)` in (0, 1], a number or a function of the number of samples
@@ -149,7 +146,8 @@ def average_params(
       start_step: The first step that is sampled, at least 0.
       every: Steps from sample to sample, at least 1. Each update costs the same.
       accumulator_dtype: Dtype of the average, a floating-point type. None is the dtype
-        of the parameters, but at least float32. Complex parameters keep theirs.
+        of the parameters, but at least float32. Of complex parameters it is the complex
+        type of this width, at least complex64.
       name: Name of this average, a string. It tells several averages in one state
         apart.
 

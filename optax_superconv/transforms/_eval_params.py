@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from optax_superconv import _checks, _trees
 from optax_superconv._checks import listed
-from optax_superconv._numerics import wide_dtype
+from optax_superconv._numerics import is_abstract, wide_dtype
 from optax_superconv._records import check_structured, states_in
 from optax_superconv._trees import Names
-from optax_superconv.transforms._averages import AverageState
-from optax_superconv.transforms._snapshots import SnapshotState
+from optax_superconv.transforms._samples import AverageState, SnapshotState
 
 
 def _positions(averages: optax.Params, params: optax.Params) -> dict[Names, Any]:
@@ -31,22 +32,28 @@ def _positions(averages: optax.Params, params: optax.Params) -> dict[Names, Any]
     return {n: leaf for n, leaf in found.items() if leaf is not None and n not in holes}
 
 
-def _mean(state: AverageState | SnapshotState, leaf: Any) -> jax.Array:
-    """The average of a leaf of the state."""
-    array = _trees.array_of(leaf)
-    if isinstance(state, AverageState):
-        return array
-    wide = array.astype(wide_dtype(array))
-    kept = jnp.clip(_trees.array_of(state.num_samples), 1, len(wide))
-    return wide.sum(0) / kept.astype(wide.dtype)  # Snapshots not yet taken are 0.
+def _mean(snapshots: list[Any], num_samples: jax.Array) -> jax.Array:
+    """The average of the snapshots of a leaf, or the one average itself."""
+    first, *others = [_trees.array_of(leaf) for leaf in snapshots]
+    if not others:
+        return first
+    dtype = wide_dtype(first)
+    wide = sum((leaf.astype(dtype) for leaf in others), first.astype(dtype))
+    # Snapshots not yet taken are 0.
+    return wide / jnp.clip(num_samples, 1, len(snapshots)).astype(dtype)
 
 
 def eval_params(
-    opt_state: Any, params: optax.Params, *, name: str | None = None
+    opt_state: Any,
+    params: optax.Params,
+    *,
+    name: str | None = None,
+    blend: ArrayLike = 1.0,
 ) -> Any:
     """The averaged parameters, ready to evaluate.
 
-    Finds the average at any nesting of the state. Works inside and outside ``jit``.
+    Finds the average at any nesting of the state. Works inside and outside ``jit``, and
+    gives shapes and dtypes for those of ``jax.eval_shape``.
 
     Args:
       opt_state: An optimizer state with an average, such as that of
@@ -57,15 +64,21 @@ def eval_params(
         was initialised with. The containers may differ, an ``nnx.State`` for example.
       name: The ``name`` that the average was made with. None is the only average; a
         state with several needs a name.
+      blend: A finite number b; (1 - b) params + b average is returned, computed in
+        float32 or wider. Between 0 and 1 it interpolates, beyond it extrapolates.
 
     Returns:
       The average in the containers, dtypes and Flax Variables of ``params``. Leaves
       that are not averaged, and all before the first sample, are those of ``params``.
-      Batch statistics belong to parameters: see :func:`recalibrate_batch_stats`.
+      State that belongs to weights has to be made anew for these: batch statistics by
+      :func:`recalibrate_batch_stats`, the vectors of spectral norms by some forward
+      passes in training mode; see :func:`average_params`.
 
     Raises:
       ValueError: If there is no average in the state, or more than one of the same
-        name, as inside of ``optax.partition`` (put the average last in the chain).
+        name, as inside of ``optax.partition`` (put the average last in the chain), or
+        if the containers of the state have become dicts, as in a checkpoint that was
+        restored without them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -80,6 +93,10 @@ def eval_params(
       >>> print(osc.eval_params(state, params, name="swa")["w"])
       1.5
     """
+    _checks.single_number("blend", blend)
+    if any(map(is_abstract, jax.tree.leaves((opt_state, params)))):
+        read = partial(eval_params, name=name, blend=blend)
+        return jax.eval_shape(read, opt_state, params)
     check_structured(opt_state)
     found = [
         (name_there, at, state, tree)
@@ -109,12 +126,14 @@ def eval_params(
         "of a single run (of several: `jax.vmap(eval_params)(opt_state, params)`)",
         f"one whose count of samples has the shape {number.shape}",
     )
-    averages = _positions(tree, params)
+    slots = tree if isinstance(state, SnapshotState) else (tree,)
+    averages = [_positions(slot, params) for slot in slots]
 
     def averaged(names: Names, leaf: Any) -> Any:
-        if names not in averages:
+        if names not in averages[0]:
             return _trees.in_new_boxes(leaf)
-        average, now = _mean(state, averages[names]), _trees.array_of(leaf)
+        average = _mean([slot[names] for slot in averages], number)
+        now = _trees.array_of(leaf)
         _checks.require(
             now.shape == average.shape,
             "params",
@@ -122,7 +141,12 @@ def eval_params(
             f"{'/'.join(names)!r})",
             now.shape,
         )
-        value = jnp.where(number > 0, average.astype(now.dtype), now)
+        dtype = wide_dtype(average, now)
+        part = jnp.asarray(blend).astype(dtype)
+        mixed = (1 - part) * now.astype(dtype) + part * average.astype(dtype)
+        # Whatever the parameters are, even if they are not finite.
+        mixed = jnp.where(part == 1, average.astype(dtype), mixed)
+        value = jnp.where(number > 0, mixed.astype(now.dtype), now)
         return _trees.boxed_as(leaf, value)
 
     return jax.tree.unflatten(

@@ -41,7 +41,9 @@ def record_gradient_norms(
         which refines one of SGD.
       num_samples: Length of the record, at least 1; it is no longer than
         ``total_steps``. The run is cut into so many parts, as equal as whole steps
-        allow, and each sample is the mean of the finite norms of its part.
+        allow, and each sample is the mean of the finite norms of its part. A run that
+        is resumed needs the same ``total_steps``, and a state with a record of another
+        length is refused.
 
     Returns:
       The transformation. A sample is -1 until it is reached, or if no norm of its part
@@ -93,6 +95,9 @@ def record_gradient_norms(
         params: optax.Params | None,
     ) -> tuple[optax.Updates, RecordGradientNormsState]:
         del params
+        length = len(state.gradient_norms)
+        rule = f"of a record of {samples} samples"
+        _checks.require(length == samples, "state", rule, f"one of {length}")
         step = jnp.minimum(state.count, total - 1)
         after = step - end_of_long
         index = jnp.where(after < 0, step // long, num_long + after // short)

@@ -28,6 +28,7 @@ from jax.typing import ArrayLike
 
 from optax_superconv import _checks, _dials
 from optax_superconv._numerics import (
+    accumulator,
     increment,
     narrow,
     once,
@@ -62,18 +63,15 @@ class ScaleByScheduledAdamState(NamedTuple):
 
 
 def _zeros_like(params: optax.Params, dtype: Any = None) -> optax.Updates:
-    def zeros(leaf: ArrayLike) -> jax.Array:
-        return jnp.zeros_like(leaf, dtype=dtype or wide_dtype(leaf))
-
-    return jax.tree.map(zeros, params)
+    return jax.tree.map(partial(accumulator, dtype=dtype), params)
 
 
 def _real_zeros_like(leaf: ArrayLike) -> jax.Array:
     return jnp.zeros_like(leaf, dtype=jnp.finfo(wide_dtype(leaf)).dtype)
 
 
-def _kept(accumulator: Any) -> Any:
-    return accumulator
+def _kept(moment: Any) -> Any:
+    return moment
 
 
 def scheduled_trace(
@@ -94,8 +92,9 @@ def scheduled_trace(
     Args:
       decay: Momentum in [0, 1), or a schedule ``count -> momentum``.
       nesterov: Whether to use Nesterov momentum, in the form of Optax and PyTorch.
-      accumulator_dtype: Dtype of the sum, a floating-point type. None is the dtype of
-        the parameters, but at least float32.
+      accumulator_dtype: Dtype of the sum, a floating-point type; of complex parameters
+        the complex type of this width, at least complex64. None is the dtype of the
+        parameters, but at least float32.
 
     Returns:
       The transformation; :func:`read_hyperparams` reads ``momentum``.
@@ -117,6 +116,7 @@ def scheduled_trace(
       learning <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
     """
     _checks.number_or_schedule("decay", decay, _checks.DECAY)
+    accumulator_dtype = _checks.float_dtype("accumulator_dtype", accumulator_dtype)
     given = {"momentum": decay}
 
     def init_fn(params: optax.Params) -> ScheduledTraceState:
@@ -182,9 +182,10 @@ def scale_by_scheduled_adam(
       b2: Decay of the second moment in [0, 1), or a schedule ``count -> b2``.
       eps: Number that is added to the root of the second moment, at least 0, or a
         schedule ``count -> eps``.
-      mu_dtype: Dtype of the first moment, a floating-point type. None is the dtype of
-        the parameters, but at least float32. In bfloat16 the moment itself is rounded,
-        by up to a few per cent.
+      mu_dtype: Dtype of the first moment, a floating-point type; of complex parameters
+        the complex type of this width, at least complex64. None is the dtype of the
+        parameters, but at least float32. In bfloat16 the moment itself is rounded, by
+        up to a few per cent.
       nesterov: Whether to use Nesterov momentum, with the b1 of the next step.
 
     Returns:
@@ -225,6 +226,7 @@ def adam_from(
     _checks.number_or_schedule("b1", b1, _checks.DECAY)
     _checks.number_or_schedule("b2", b2, _checks.DECAY)
     _checks.number_or_schedule("eps", eps, _checks.NON_NEGATIVE)
+    mu_dtype = _checks.float_dtype("mu_dtype", mu_dtype)
     given = {"b1": b1, "b2": b2, "eps": eps}
 
     def init_fn(params: optax.Params) -> ScaleByScheduledAdamState:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath, tree_map_with_path
 from jax.typing import ArrayLike
 
 from optax_superconv import _checks
 from optax_superconv._numerics import increment
 from optax_superconv._trees import is_hole
-from optax_superconv.transforms._averages import is_averaged, sampler
 from optax_superconv.transforms._link import given, link
-
-
-class SnapshotState(NamedTuple):
-    """State of :func:`lawa_params`."""
-
-    count: jax.Array  # (), int32
-    num_samples: jax.Array  # (), int32
-    snapshots: dict[str, optax.Params]  # name to a tree of (window, ...)
+from optax_superconv.transforms._samples import (
+    SnapshotState,
+    check_shape,
+    is_averaged,
+    is_finite,
+    kept,
+    sampler,
+)
 
 
 def lawa_params(
@@ -35,8 +36,12 @@ def lawa_params(
 
     Keeps the last ``window`` snapshots in a ring, in the parameters' own dtypes, which
     takes the memory of ``window`` copies of the parameters; their mean is computed in
-    float32 or wider when :func:`eval_params` reads it. :func:`ema_params` with a decay
-    of 1 - 2 / (window + 1) costs one copy, and forgets more gently.
+    float32 or wider when :func:`eval_params` reads it. Each update, sampled or not,
+    reads and writes all of them. :func:`ema_params` with a decay of
+    1 - 2 / (window + 1) costs one copy, and forgets more gently.
+
+    Each snapshot is a tree like the parameters, and sharded like them. Snapshots that
+    are not finite everywhere are left out. A state with another window is refused.
 
     Args:
       window: Number of snapshots that are kept, at least 1. While there are fewer, the
@@ -73,34 +78,39 @@ def lawa_params(
     is_sample = sampler(start_step, every, name)
 
     def init_fn(params: optax.Params) -> SnapshotState:
-        def ring(leaf: ArrayLike) -> Any:
-            if not is_averaged(leaf):
-                return optax.MaskedNode()
-            return jnp.stack([jnp.zeros_like(leaf)] * window)
+        def zeros(leaf: ArrayLike) -> Any:
+            return jnp.zeros_like(leaf) if is_averaged(leaf) else optax.MaskedNode()
 
-        return SnapshotState(
-            jnp.zeros([], jnp.int32),
-            jnp.zeros([], jnp.int32),
-            {name: jax.tree.map(ring, params)},
-        )
+        # A tree per slot: an axis of slots would need a sharding of its own, and those
+        # who shard a state like its parameters have none for it.
+        slots = tuple(jax.tree.map(zeros, params) for _ in range(window))
+        count, num_samples = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return SnapshotState(count, num_samples, {name: slots})
 
     def update_fn(
         updates: optax.Updates, state: SnapshotState, params: optax.Params | None
     ) -> tuple[optax.Updates, SnapshotState]:
+        slots = kept(state, name)
+        rule = f"of {window} snapshots, the `window`"
+        _checks.require(len(slots) == window, "state", rule, f"one of {len(slots)}")
         after = optax.apply_updates(given(params, "average them"), updates)
-        sampled = is_sample(state.count)
-        slot = state.num_samples % window
+        sampled = is_sample(state.count) & is_finite(after)
 
-        def put(ring: Any, leaf: Any) -> Any:
-            if is_hole(ring):
-                return ring
-            return ring.at[slot].set(jnp.where(sampled, leaf, ring[slot]))
+        def put(here: jax.Array, keys: KeyPath, old: Any, leaf: Any) -> Any:
+            if is_hole(old):
+                return old
+            check_shape(keys, old, leaf)
+            return jnp.where(here, leaf.astype(old.dtype), old)
 
-        snapshots = jax.tree.map(put, state.snapshots[name], after, is_leaf=is_hole)
+        snapshots = []
+        for k, slot in enumerate(slots):
+            here = sampled & (state.num_samples % window == k)
+            new = tree_map_with_path(partial(put, here), slot, after, is_leaf=is_hole)
+            snapshots.append(new)
         return updates, SnapshotState(
             increment(state.count),
             jnp.where(sampled, increment(state.num_samples), state.num_samples),
-            {name: snapshots},
+            {name: tuple(snapshots)},
         )
 
     return link(SnapshotState, init_fn, update_fn)

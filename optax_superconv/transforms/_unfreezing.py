@@ -67,7 +67,8 @@ def gradual_unfreezing(
         ``lambda step: scale_by_scheduled_adam(lambda count: b1(count + step))``.
       thaw_steps: A dict from label to the step of the first update, an int of at least
         0, or None for never. Labels are all strings or all integers. A group that never
-        thaws has no memory of its own.
+        thaws has no memory of its own. A resumed run goes by the steps that are given
+        here, and refuses a state of other labels.
       param_labels: A tree of labels, a prefix of one, a dict from path to label, or a
         function ``params -> labels``; see :func:`scale_by_group`.
 
@@ -185,6 +186,13 @@ def unfreezing(
         state = cast(GradualUnfreezingState, state)
         _trees.check_skeleton(updates, state.skeleton)
         names, steps = look_at(updates)
+        facts = facts_at(state.count, steps)
+        _checks.require(
+            sorted(facts) == sorted(state.facts),
+            "state",
+            f"of groups with these labels ({', '.join(sorted(facts))})",
+            f"one with {', '.join(sorted(state.facts))}",
+        )
         if params is not None:
             params = _trees.given_updates(params, updates)
         new_updates, inner_state = inner_at(state.count, names).update(
@@ -192,7 +200,7 @@ def unfreezing(
         )
         return new_updates, GradualUnfreezingState(
             increment(state.count),
-            facts_at(state.count, steps),
+            facts,
             cast(optax.PartitionState, inner_state),
             state.skeleton,
         )
