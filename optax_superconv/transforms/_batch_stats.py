@@ -16,20 +16,32 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from optax_superconv import _batches, _checks
 from optax_superconv._checks import listed
 from optax_superconv._numerics import is_array, widen
-from optax_superconv._trees import paths_of
+from optax_superconv._trees import array_of, paths_of, placed_as
 
 # So large an old value that the batch's own is lost beside it, and only m is seen.
 _FAR = 2.0**60
 
 
-@jax.jit
-def _apply(update_fn: Callable[..., Any], stats: Any, batch: Any) -> Any:
-    return update_fn(stats, batch)
+def _compiled(update_fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The function, compiled for one call of ours: what it closes over may change.
+
+    The arrays that it holds as a pytree are arguments of the program.
+    """
+    if hasattr(getattr(update_fn, "func", update_fn), "lower"):
+        return update_fn  # The caller has compiled it, which lasts longer.
+    leaves, structure = jax.tree.flatten(update_fn)
+    arrays = {k: leaf for k, leaf in enumerate(leaves) if is_array(leaf)}
+
+    @jax.jit
+    def run(arrays: dict[int, Any], stats: Any, batch: Any) -> Any:
+        held = dict(enumerate(leaves)) | arrays
+        return structure.unflatten(held.values())(stats, batch)
+
+    return functools.partial(run, arrays)
 
 
 @jax.jit
@@ -146,8 +158,14 @@ def _num_examples(batch: Any) -> int:
     return sizes.pop()
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return dict(zip(paths_of(tree), map(np.shape, jax.tree.leaves(tree)), strict=True))
+def _by_path(tree: Any) -> dict[str, Any]:
+    return dict(zip(paths_of(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _stored_as(value: jax.Array, stored: Any, leaf: jax.Array) -> jax.Array:
+    """In the dtype of a leaf, and where that is stored unless devices compute there."""
+    value = jnp.copy(value) if value is leaf else value.astype(leaf.dtype)
+    return value if leaf is stored else placed_as(value, stored)
 
 
 def _is_traced(leaves: Iterable[Any]) -> bool:
@@ -189,11 +207,12 @@ def recalibrate_batch_stats(
     Args:
       update_fn: ``(stats, batch) -> stats``, the forward pass in training mode at the
         weights in question, pure: it returns the new running statistics. Dropout is
-        best off, as in evaluation. It is compiled once per shape of a batch, and not
-        again if the same function is given again. What changes between calls, such as
-        the weights, goes into a ``jax.tree_util.Partial(update_fn, weights)``. The
-        momentum has no effect on the result; its relative error is about
-        3e-8 / (1 - m), and m must be at most 0.9999.
+        best off, as in evaluation. It is compiled once per shape of a batch in every
+        call, with what it closes over at that time. A function that is compiled
+        already, such as ``jax.tree_util.Partial(jax.jit(forward), weights)``, is not
+        compiled again; it must not donate its arguments. The momentum has no effect on
+        the result; its relative error is about 3e-8 / (1 - m), and m must be at most
+        0.9999.
       stats: The running statistics, a pytree with float leaves: an ``nnx.State`` of
         ``nnx.BatchStat``, Linen's collection ``batch_stats``, any dict. ``update_fn``
         gets those of low precision in float32. Leaves that are no floats (counters,
@@ -213,8 +232,8 @@ def recalibrate_batch_stats(
 
     Returns:
       The statistics, in the structure and the dtypes of ``stats``, which stay as they
-      are. Variances are the norms' own kind, biased or not. A norm that is called
-      several times gets a mean of its calls.
+      are and share no buffer with these. Variances are the norms' own kind, biased or
+      not. A norm that is called several times gets a mean of its calls.
 
     Raises:
       ValueError: If there is no batch; if the forward pass updates nothing, or other
@@ -265,30 +284,30 @@ def recalibrate_batch_stats(
       Variances <https://doi.org/10.1007/978-3-642-51461-6_3>`_, 1982.
     """
     _checks.function("update_fn", update_fn)
-    run = jax.jit(update_fn)  # Which does not outlive the function.
-    if isinstance(update_fn, Partial):  # What it holds is traced as well.
-        run = functools.partial(_apply, update_fn)
-    leaves, structure = jax.tree.flatten(stats)
-    leaves, shapes = list(map(jnp.asarray, leaves)), _shapes(stats)
+    run = _compiled(update_fn)
+    stored, structure = jax.tree.flatten(stats)
+    leaves, paths = list(map(array_of, stored)), paths_of(stats)
+    one_each = len(set(paths)) == len(paths)
+    _checks.require(one_each, "stats", "a pytree with a path per leaf", listed(paths))
     places = [k for k, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
     rule = "a pytree with float leaves"
-    _checks.require(bool(places), "stats", rule, listed(shapes) or "no leaves")
-    names = [list(shapes)[k] for k in places]
+    _checks.require(bool(places), "stats", rule, listed(paths) or "no leaves")
+    shapes = dict(zip(paths, map(np.shape, leaves), strict=True))
+    names = [paths[k] for k in places]
     means = _means_of(pairs, names)
-    narrow = [leaves[k] for k in places]
-    old = [widen(x) for x in narrow]
+    old = [widen(leaves[k]) for k in places]
 
     def filled(values: Iterable[jax.Array]) -> Any:
         new = dict(enumerate(leaves)) | dict(zip(places, values, strict=True))
         return structure.unflatten(new.values())
 
     def evaluate(values: Iterable[jax.Array], batch: Any) -> list[jax.Array]:
-        new = run(filled(values), batch)
-        found = _shapes(new)
+        new = _by_path(run(filled(values), batch))
+        found = {path: np.shape(leaf) for path, leaf in new.items()}
         changed = [p for p in shapes | found if shapes.get(p) != found.get(p)]
         rule = "a function that returns `stats` with the same names and shapes"
         _checks.require(not changed, "update_fn", rule, f"others at {listed(changed)}")
-        return [jax.tree.leaves(new)[k] for k in places]
+        return [new[name] for name in names]
 
     def probe(near: Any, far: Any, batch: Any) -> Any:
         at_near, at_far = evaluate(near, batch), evaluate(far, batch)
@@ -318,4 +337,5 @@ def recalibrate_batch_stats(
         for index, leaf in np.argwhere(~np.asarray(finite)):
             got = f"others at {names[leaf]!r} in batch {index} (from 0)"
             _checks.require(False, "batches", rule, got)
-    return filled(x.astype(o.dtype) for x, o in zip(total, narrow, strict=True))
+    joined = dict(enumerate(leaves)) | dict(zip(places, total, strict=True))
+    return structure.unflatten(map(_stored_as, joined.values(), stored, leaves))

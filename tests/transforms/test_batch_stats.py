@@ -1,6 +1,9 @@
 """Recalibrated statistics against those of the population, in float64 NumPy."""
 
+import gc
 import re
+import weakref
+from collections import OrderedDict
 
 import equinox as eqx
 import flax.linen as nn
@@ -238,7 +241,7 @@ def test_keys_and_counters_stay_as_they_came():
 
     stats = {"key": jax.random.key(3), "count": jnp.int32(5), "norm": fresh()}
     found = recalibrate_batch_stats(update_fn, stats, inputs())
-    assert found["key"] is stats["key"]
+    assert found["key"] == stats["key"]
     assert found["count"] == 5
     masks = [jax.random.bernoulli(jax.random.key(3), 0.5, x.shape) for x in inputs()]
     seen = [np.where(mask, x, 0) for mask, x in zip(masks, inputs(), strict=True)]
@@ -276,6 +279,57 @@ def test_the_container_that_is_given_comes_back():
     update_fn, stats = linen_dense()  # Which returns dicts.
     found = recalibrate_batch_stats(update_fn, FrozenDict(stats), inputs())
     assert isinstance(found, FrozenDict)
+
+
+def test_leaves_are_found_by_their_paths():
+    def update_fn(stats, x):
+        return OrderedDict(reversed(averaging(0.9)(stats, x).items()))
+
+    found = recalibrate_batch_stats(update_fn, fresh(), inputs())
+    np.testing.assert_allclose(found["var"], whole().var(0), rtol=1e-5)
+
+
+def test_names_of_whole_paths_are_a_pair():
+    def update_fn(stats, x):
+        new = averaging(0.9)({k: v["norm"] for k, v in stats.items()}, x)
+        return {k: {"norm": v} for k, v in new.items()}
+
+    stats = {k: {"norm": v} for k, v in fresh().items()}
+    pairs = [("mean/norm", "var/norm")]
+    found = recalibrate_batch_stats(update_fn, stats, inputs(), pairs=pairs)
+    np.testing.assert_allclose(found["var"]["norm"], whole().var(0), rtol=1e-5)
+
+
+# --- where the results are ------------------------------------------------------------
+
+
+def counted(stats, x):
+    """With two leaves that a forward pass of averaging leaves as they are."""
+    norm = averaging(0.9)({k: stats[k] for k in ("mean", "var")}, x)
+    return {**stats, **norm, "count": stats["count"] + 1}
+
+
+def counted_stats():
+    return {**fresh(), "count": jnp.int32(5), "frozen": jnp.ones(3)}
+
+
+def test_results_outlive_the_statistics_that_were_given():
+    stats = counted_stats()
+    found = recalibrate_batch_stats(counted, stats, inputs())
+    for leaf in jax.tree.leaves(stats):
+        leaf.delete()
+    assert int(found["count"]) == 5
+    np.testing.assert_array_equal(found["frozen"], np.ones(3))
+
+
+def test_statistics_in_the_memory_of_the_host_stay_there():
+    (device,) = jnp.zeros(()).devices()
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    stats = jax.device_put(counted_stats(), host)
+    found = recalibrate_batch_stats(counted, stats, inputs())
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(found)}
+    assert kinds == {"pinned_host"}
+    np.testing.assert_allclose(np.asarray(found["var"]), whole().var(0), rtol=1e-5)
 
 
 # --- transformations ------------------------------------------------------------------
@@ -327,8 +381,7 @@ def test_a_function_is_traced_once_per_shape():
         shapes.append(x.shape)
         return averaging(0.9)(stats, x)
 
-    for _ in range(2):
-        recalibrate_batch_stats(update_fn, fresh(), inputs())
+    recalibrate_batch_stats(update_fn, fresh(), inputs((7, 3, 7, 3)))
     assert shapes == [(7, WIDTH), (3, WIDTH)]
 
 
@@ -344,16 +397,96 @@ def test_batches_after_the_first_are_evaluated_once():
     assert sizes == [6, 6, 6, 5, 4]
 
 
-def test_other_weights_in_a_partial_are_not_traced_again():
+def test_what_the_caller_has_compiled_is_not_compiled_again():
     shapes = []
 
+    @jax.jit
     def update_fn(scale, stats, x):
         shapes.append(x.shape)
         return averaging(0.9)(stats, scale * x)
 
     for scale in (1.0, 2.0):
-        recalibrate_batch_stats(Partial(update_fn, scale), fresh(), inputs())
+        forward = Partial(update_fn, scale)
+        found = recalibrate_batch_stats(forward, fresh(), inputs())
+        np.testing.assert_allclose(found["mean"], scale * whole().mean(0), rtol=1e-5)
     assert shapes == [(7, WIDTH), (3, WIDTH)]
+
+
+# --- functions whose values change, or cannot be hashed -------------------------------
+
+
+class _Trainer:
+    """Equal to all others, and without a hash."""
+
+    __hash__ = None
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __eq__(self, other):
+        return True
+
+    def __call__(self, stats, x):
+        return averaging(0.9)(stats, self.scale * x)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: lambda *a: f(*a), lambda f: f.__call__])
+def test_what_a_function_closes_over_is_read_in_every_call(wrap):
+    trainer = _Trainer(1.0)
+    update_fn = wrap(trainer)
+    for trainer.scale in (1.0, 2.0):
+        found = recalibrate_batch_stats(update_fn, fresh(), inputs())
+        expected = trainer.scale * whole().mean(0)
+        np.testing.assert_allclose(found["mean"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: Partial(f.__call__)])
+def test_a_function_does_not_outlive_its_call(wrap):
+    trainer = _Trainer(1.0)
+    recalibrate_batch_stats(wrap(trainer), fresh(), inputs())
+    reference = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert reference() is None
+
+
+class _Listed(nn.Module):
+    """With an attribute that cannot be hashed, as Flax's ResNet(stage_sizes=[...])."""
+
+    features: list
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.features:
+            x = nn.BatchNorm(use_running_average=False)(nn.Dense(width)(x))
+        return x
+
+    def forward(self, params, stats, x):
+        variables = {"params": params, "batch_stats": stats}
+        return self.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
+
+
+UNHASHABLE = {
+    "a method": lambda model, params: Partial(model.forward, params),
+    "an argument": lambda model, params: Partial(_Listed.forward, model, params),
+    "a closure": lambda model, params: lambda *args: model.forward(params, *args),
+}
+
+
+@pytest.mark.parametrize("name", UNHASHABLE)
+def test_modules_that_cannot_be_hashed(name):
+    model = _Listed([8, WIDTH])
+    variables = jax.jit(model.init)(jax.random.key(0), inputs()[0])
+    params, stats = variables["params"], variables["batch_stats"]
+    update_fn = UNHASHABLE[name](model, params)
+    found = recalibrate_batch_stats(update_fn, stats, inputs())
+    seen = whole() @ np.asarray(params["Dense_0"]["kernel"], np.float64)
+    np.testing.assert_allclose(found["BatchNorm_0"]["var"], seen.var(0), rtol=1e-5)
+
+
+def test_an_object_that_cannot_be_hashed():
+    found = recalibrate_batch_stats(_Trainer(1.0), fresh(), inputs())
+    np.testing.assert_allclose(found["mean"], whole().mean(0), rtol=1e-5)
 
 
 # --- other frameworks -----------------------------------------------------------------
@@ -496,6 +629,10 @@ def test_what_is_no_running_average_is_refused(name):
         (
             call(stats={"count": jnp.int32(0)}),
             "`stats` must be a pytree with float leaves, got 'count'.",
+        ),
+        (
+            call(stats={"norm": {"mean": jnp.ones(1)}, "norm/mean": jnp.ones(1)}),
+            "`stats` must be a pytree with a path per leaf, got 'norm/mean', 'norm/",
         ),
         (call(stats={}), "`stats` must be a pytree with float leaves, got no leaves."),
         (call(batches=[]), "`batches` must be at least one batch, got none."),
