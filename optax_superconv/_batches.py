@@ -72,7 +72,7 @@ def draw(batches: Any) -> Iterator[Any]:
         return _slices(batches, num_stacked(batches))
     if isinstance(batches, Iterator):
         return batches
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or is_array(batches):  # Without axes.
         raise TypeError(
             "`batches` must be a sequence, an iterator or a stacked pytree of batches "
             f"(a single batch goes in a list), got a {type(batches).__name__}."

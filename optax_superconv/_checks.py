@@ -173,6 +173,22 @@ def float_dtype(name: str, value: Any) -> np.dtype | None:
     return dtype
 
 
+def items(name: str, value: Any, rule: str) -> list[Any]:
+    """What can be iterated, as a list."""
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return list(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be {rule}, got {value!r}.") from None
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises ``TypeError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def function(name: str, value: Any) -> None:
     """Raises ``TypeError`` unless ``value`` can be called."""
     if not callable(value):

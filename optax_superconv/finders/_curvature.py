@@ -322,8 +322,7 @@ def stability_limit(
       <https://arxiv.org/abs/2003.02218>`_, 2020 (the catapult).
     """
     _checks.choice("optimizer", optimizer, get_args(Optimizer))
-    if optimizer != "gd":
-        _checks.number("momentum", momentum, _checks.DECAY)
+    _checks.number("momentum", momentum, _checks.DECAY)
     top: Any = sharpness.value if isinstance(sharpness, SharpnessResult) else sharpness
     if isinstance(top, bool) or not (isinstance(top, int | float) or is_array(top)):
         rule = "a number, an array or a SharpnessResult"

@@ -281,13 +281,15 @@ def grid_test(
     """
     _checks.function("step_fn", step_fn)
     _checks.choice("mode", mode, get_args(Mode))
-    if not isinstance(vectorize, bool):
-        raise TypeError(f"`vectorize` must be True or False, got {vectorize!r}.")
+    _checks.flag("vectorize", vectorize)
     at_least = 10 if mode == "range" else 1  # A curve of fewer is not smoothed.
     num_steps = _checks.steps("num_steps", num_steps, at_least=at_least)
-    places: list[Any] = [None] if devices is None else list(devices)
-    if devices is not None and not all(isinstance(d, jax.Device) for d in places):
-        raise TypeError(f"`devices` must be a sequence of devices, got {devices!r}.")
+    places: list[Any] = [None]
+    if devices is not None:
+        rule = "a sequence of devices"
+        places = _checks.items("devices", devices, rule)
+        if not all(isinstance(place, jax.Device) for place in places):
+            raise TypeError(f"`devices` must be {rule}, got {devices!r}.")
     _checks.require(len(places) > 0, "devices", "at least one device", "none")
     axes = _axes(grid)
     ladder = None

@@ -43,6 +43,8 @@ def _checked_init(
 ) -> ArrayLike:
     """The initial rate; the rates are checked as ``peak_<kind>`` and the like."""
     _checks.number(f"peak_{kind}", peak)
+    if annihilation_steps is not None:
+        _checks.steps("annihilation_steps", annihilation_steps)
     if init is None:
         init = cast(jax.Array, peak) / 25  # Or a number, likewise.
     lower = {f"init_{kind}": init, f"end_{kind}": end}

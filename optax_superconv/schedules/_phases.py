@@ -197,10 +197,11 @@ def phase_schedule(
       Durations <https://arxiv.org/abs/2405.18392>`_, 2024 (1-sqrt).
     """
     _checks.number("init_value", init_value)
+    phases = _checks.items("phases", phases, "phases in a sequence")
     checked: list[Phase] = []
     start_name, start = "init_value", init_value
     for k, item in enumerate(phases):
-        if not isinstance(item, tuple):
+        if not isinstance(item, tuple) or not 2 <= len(item) <= 3:
             raise TypeError(
                 f"`phases[{k}]` must be a Phase or a tuple (steps, end_value, shape), "
                 f"got {item!r} of type {type(item).__name__}."

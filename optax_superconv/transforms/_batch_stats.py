@@ -119,7 +119,7 @@ def _means_of(pairs: Any, names: list[str]) -> tuple[int | None, ...]:
     """For each leaf the position of its mean, if it is a variance."""
     means: dict[int, int] = {}
     where = {f"/{name}": k for k, name in enumerate(names)}
-    for pair in pairs:
+    for pair in _checks.items("pairs", pairs, "pairs of two names"):
         if not isinstance(pair, tuple | list) or [*map(type, pair)] != [str, str]:
             raise TypeError(f"`pairs` must hold pairs of two names, got {pair!r}.")
         mean, var = (f"/{name}" for name in pair)
@@ -138,7 +138,8 @@ def _means_of(pairs: Any, names: list[str]) -> tuple[int | None, ...]:
 
 def _each(batches: Any) -> Iterable[Any]:
     """The batches; raises for one that is not in a list, which would be cut."""
-    if not isinstance(batches, Iterable) or _batches.is_stacked(batches):
+    is_one = is_array(batches) or _batches.is_stacked(batches)
+    if is_one or not isinstance(batches, Iterable):
         kind = "array" if is_array(batches) else type(batches).__name__
         raise TypeError(
             "`batches` must be a sequence, an iterable or an iterator of batches (a "
@@ -286,11 +287,13 @@ def recalibrate_batch_stats(
     _checks.function("update_fn", update_fn)
     run = _compiled(update_fn)
     stored, structure = jax.tree.flatten(stats)
+    rule = "a pytree with float leaves"
+    if not all(isinstance(x, float | int) or is_array(x) for x in stored):
+        raise TypeError(f"`stats` must be {rule}, got {stats!r}.")
     leaves, paths = list(map(array_of, stored)), paths_of(stats)
     one_each = len(set(paths)) == len(paths)
     _checks.require(one_each, "stats", "a pytree with a path per leaf", listed(paths))
     places = [k for k, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
-    rule = "a pytree with float leaves"
     _checks.require(bool(places), "stats", rule, listed(paths) or "no leaves")
     shapes = dict(zip(paths, map(np.shape, leaves), strict=True))
     names = [paths[k] for k in places]

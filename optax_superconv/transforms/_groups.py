@@ -123,6 +123,8 @@ def scale_by_group(
       Howard and Ruder, `Universal Language Model Fine-tuning for Text Classification
       <https://arxiv.org/abs/1801.06146>`_, 2018, section 3.2.
     """
+    given = multipliers is not None and param_labels is not None
+    _checks.require(given, "multipliers", "given, with `param_labels`", None)
     groups_of = grouped(multipliers, param_labels)
 
     def init_fn(params: optax.Params) -> ScaleByGroupState:

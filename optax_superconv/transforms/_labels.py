@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import optax
@@ -34,7 +34,7 @@ def _regex(name: str, pattern: Any) -> re.Pattern[str]:
 
 
 def _regexes(name: str, patterns: Any) -> list[re.Pattern[str]]:
-    one = isinstance(patterns, str) or not isinstance(patterns, Iterable)
+    one = not isinstance(patterns, list | tuple | set | frozenset)
     return [_regex(name, pattern) for pattern in ([patterns] if one else patterns)]
 
 
@@ -80,11 +80,7 @@ def label_by_path(
       <https://github.com/google-research/big_vision>`_, 2022: rules of this form.
     """
     _checks.choice("unmatched_rules", unmatched_rules, ("error", "warn"))
-    if isinstance(rules, str) or not isinstance(rules, Iterable):
-        raise TypeError(
-            f"`rules` must be pairs of an expression and a label, got {rules!r}."
-        )
-    rules = list(rules)
+    rules = _checks.items("rules", rules, "pairs of an expression and a label")
     _checks.require(bool(rules), "rules", "at least one pair", rules)
     for rule in rules:
         if not isinstance(rule, tuple | list) or len(rule) != 2:

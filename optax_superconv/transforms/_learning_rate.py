@@ -126,6 +126,7 @@ def scale_by_learning_rate(
     """
     _checks.number_or_schedule("learning_rate", learning_rate)
     _checks.single_number("cooldown_end", cooldown_end)
+    _checks.flag("flip_sign", flip_sign)
     check_shape("cooldown_shape", cooldown_shape)
     if cooldown_shape == "exponential":
         check_positive("cooldown_end", cooldown_end)

@@ -116,6 +116,7 @@ def scheduled_trace(
       learning <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
     """
     _checks.number_or_schedule("decay", decay, _checks.DECAY)
+    _checks.flag("nesterov", nesterov)
     accumulator_dtype = _checks.float_dtype("accumulator_dtype", accumulator_dtype)
     given = {"momentum": decay}
 
@@ -226,6 +227,7 @@ def adam_from(
     _checks.number_or_schedule("b1", b1, _checks.DECAY)
     _checks.number_or_schedule("b2", b2, _checks.DECAY)
     _checks.number_or_schedule("eps", eps, _checks.NON_NEGATIVE)
+    _checks.flag("nesterov", nesterov)
     mu_dtype = _checks.float_dtype("mu_dtype", mu_dtype)
     given = {"b1": b1, "b2": b2, "eps": eps}
 

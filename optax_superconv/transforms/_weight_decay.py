@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -115,6 +116,12 @@ def decayed_weights(
                 f"one, or a function that makes one, got {mask!r}. (What can be called "
                 "but is a pytree is read as one; trees of bools work.)"
             ) from error
+        _checks.require(
+            all(np.ndim(m) == 0 for m in jax.tree.leaves(where)),
+            "mask",
+            "a tree of bools like the parameters, or a prefix of one",
+            "one with arrays for leaves",
+        )
         return jax.tree.map(
             lambda m, g, p: decayed(g, p) if m else g, where, updates, params
         )
