@@ -154,6 +154,7 @@ def dispatch(
 ) -> Iterator[Seen]:
     """What ``advance(step, batch)`` gives, at least ``BLOCK`` steps after its call."""
     steps: Iterable[int] = range(num_steps)
+    _checks.flag("progress", progress)
     if progress:
         try:
             from rich.progress import track

@@ -181,7 +181,7 @@ def average_params(
     rule = "given, or `power` in its place"
     _checks.require(one, "weight", rule, f"weight={weight} and power={power}")
     if power is not None:
-        _checks.number("power", power, _checks.NON_NEGATIVE)
+        _checks.single_number("power", power, _checks.NON_NEGATIVE)
     if weight is not None:
         _checks.number_or_schedule("weight", weight, _checks.FRACTION)
 
@@ -251,7 +251,7 @@ def ema_params(
     """
     _checks.number_or_schedule("decay", decay, _checks.DECAY)
     if warmup is not None:
-        _checks.number("warmup", warmup, _checks.FRACTION)
+        _checks.single_number("warmup", warmup, _checks.FRACTION)
     constant = None if callable(decay) else _checks.number("decay", decay)
 
     def gain(count: jax.Array, num_samples: jax.Array) -> jax.Array:

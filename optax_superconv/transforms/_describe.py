@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_superconv import _dials, _trees
+from optax_superconv import _checks, _dials, _trees
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.transforms._groups import Multipliers, grouped
 
@@ -59,6 +59,7 @@ def describe_groups(
       2            (2,)  layers/1/bias
       2          (2, 2)  layers/1/kernel
     """
+    _checks.flag("leaves", leaves)
     labels, paths = _trees.labels_of(param_labels, params), _trees.paths_of(params)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
     shown: dict[str, str] = {}

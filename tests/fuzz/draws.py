@@ -165,7 +165,14 @@ def draw(rng, function):
             continue
         if parameter.default is parameter.empty or rng.random() < 0.4:
             # What belongs to the caller's own functions is theirs.
-            theirs = name in ("state", "key", "step_fn", "loss_fn", "update_fn")
+            theirs = name in (
+                "state",
+                "stats",
+                "key",
+                "step_fn",
+                "loss_fn",
+                "update_fn",
+            )
             is_bad = not theirs and rng.random() < 0.12
             values = BAD if is_bad else pool(function, name)
             call[name] = values[rng.integers(len(values))]

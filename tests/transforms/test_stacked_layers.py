@@ -71,7 +71,14 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def one_fast(rows, fast):
+    return [
+        pytest.param(row, id=name, marks=[] if name == fast else [pytest.mark.slow])
+        for name, row in rows.items()
+    ]
+
+
+@pytest.mark.parametrize("recipe", one_fast(RECIPES, "onecycle_adamw"))
 def test_the_steps_are_those_of_separate_layers(recipe):
     params = stacked_params()
     stacked, _ = run(recipe(multipliers=STACKED, param_labels=by_part), params)
@@ -185,6 +192,7 @@ def test_a_write_of_some_layers_holds_all():
     np.testing.assert_allclose(rates, 3.1 * STACKED["layers"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_state_forks_by_vmap():
     params = stacked_params()
     tx = osc.adamw(0.1, multipliers=STACKED, param_labels=by_part)
