@@ -16,6 +16,8 @@ from flax.training.train_state import TrainState
 
 import optax_superconv as osc
 
+pytestmark = pytest.mark.slow
+
 WIDTHS, CLASSES, NUM_STEPS, FREEZE_STEPS = (4, 8, 8), 3, 30, 10
 HEAD = len(WIDTHS) - 1
 

@@ -155,6 +155,7 @@ def train(tx, begin, end, params=ZEROS, state=None, *, trigger=None):
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 def test_parameters_follow_the_planned_run(chain):
     for schedule in (0.03, optax.linear_schedule(0.0, 0.03, 10)):
@@ -276,6 +277,7 @@ np.save(sys.argv[2], np.asarray(params))
 """
 
 
+@pytest.mark.slow
 def test_a_triggered_run_continues_bit_for_bit_in_a_new_process(tmp_path):
     tx = osc.adamw(0.1)
     saved = train(tx, 0, 10, trigger=(7, 9))
