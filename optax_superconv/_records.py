@@ -169,7 +169,8 @@ def read_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
 
     Returns:
       Name to value, float32 arrays without axes (but those of a state made by
-      ``vmap``), in the order of the chain:
+      ``vmap``, and of a group of stacked layers), in the order of the chain. Of an
+      abstract state, as ``jax.eval_shape`` gives, they are abstract too:
 
       * ``learning_rate``, and ``learning_rate/<label>`` of groups; ``momentum``, or
         ``b1``, ``b2`` and ``eps``; ``weight_decay``; ``multiplier/<label>`` of

@@ -122,6 +122,8 @@ def average_params(
 
     Put it last in the chain: it adds the updates that reach it to the parameters, as
     ``optax.apply_updates`` will (anywhere else, what it averages are no parameters).
+    Under ``optax.MultiSteps`` that chain is the inner optimizer, or micro-steps would
+    be sampled.
     :func:`eval_params` reads the average.
 
     The update of step ``count`` = 0, 1, ... gives a sample if ``count`` is

@@ -32,7 +32,8 @@ def record_gradient_norms(
     .. math:: G_t = \sum_i |g_{t,i}| \;\text{ or }\; \sqrt{\sum_i |g_{t,i}|^2}
 
     over the whole tree, in float32 whatever the dtype of the gradient. Place it first
-    in the chain, before any clipping; updates pass through untouched. After the run,
+    in the chain, before any clipping, and with the chain inside ``optax.MultiSteps``,
+    so that it counts optimizer steps; updates pass through untouched. After the run,
     ``optax.tree.get(opt_state, "gradient_norms")`` is the record.
 
     Args:

@@ -52,7 +52,8 @@ def lawa_params(
       name: Name of this average, a string; see :func:`average_params`.
 
     Returns:
-      The transformation, to be put last in the chain; :func:`eval_params` reads it.
+      The transformation, to be put last in the chain; see :func:`average_params`, also
+      for ``optax.MultiSteps``. :func:`eval_params` reads it.
 
     Raises:
       ValueError: In ``update``, if it gets no ``params``.
