@@ -109,7 +109,8 @@ def eval_params(
     if name is None and len(known) == 1:
         (name,) = known
     rule = f"one of {', '.join(map(repr, known))}"
-    _checks.require(name in known, "name", rule, repr(name))
+    is_known = isinstance(name, str) and name in known
+    _checks.require(is_known, "name", rule, repr(name))
     chosen = [item for item in found if item[0] == name]
     _checks.require(
         len(chosen) == 1,
