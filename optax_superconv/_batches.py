@@ -1,6 +1,7 @@
 """Where do batches come from?
 
-A sequence or a stacked pytree starts again at its end, an iterator is consumed.
+What holds batches starts again at its end, an iterator is consumed. A single batch is
+refused: cut into single examples it would train, and tell another story.
 """
 
 from __future__ import annotations
@@ -14,33 +15,62 @@ import numpy as np
 from optax_superconv import _checks
 from optax_superconv._numerics import is_array
 
+_REMEDY = (
+    "put a single batch in a list, `[batch]`, and give `stacked=True` for one pytree "
+    "whose leaves have a leading axis of steps"
+)
 
-def is_stacked(batches: Any) -> bool:
-    """Whether ``batches`` is one pytree whose leaves hold a batch per step.
 
-    Lists and iterators hold batches, and so do tuples unless all of their elements are
-    arrays, as in ``(inputs, targets)``; a mapping, an array or any other pytree node
-    is stacked.
-    """
-    if isinstance(batches, list | range | Iterator):
-        return False
-    if isinstance(batches, tuple):
-        return bool(batches) and all(map(is_array, batches))
-    return not jax.tree_util.all_leaves([batches]) or (
-        is_array(batches) and np.ndim(batches) > 0
-    )
+def draw(batches: Any, stacked: bool) -> Iterator[Any]:
+    """The batches one by one; whatever can be iterated again does so at its end."""
+    _checks.flag("stacked", stacked)
+    if stacked:
+        return _slices(batches, num_stacked(batches))
+    check_several(batches)
+    return batches if isinstance(batches, Iterator) else _repeats(batches)
+
+
+def check_several(batches: Any, remedy: str = _REMEDY) -> None:
+    """Raises for a single batch, and for what cannot be iterated."""
+    if isinstance(batches, Iterator):
+        return
+    got = f"a single {type(batches).__name__}"
+    if type(batches) in (list, tuple):
+        shown = [jax.tree.map(np.shape, batch) for batch in batches[:2]]
+        got = f"a {type(batches).__name__} of the parts of one, of shapes {shown}"
+        all_arrays = bool(batches) and all(map(is_array, batches))
+        one = all_arrays if type(batches) is tuple else False
+        kinds = list(map(_kind_of, batches[:2]))
+        one = one or kinds[1:] not in ([], kinds[:1])
+    else:
+        is_node = not jax.tree_util.all_leaves([batches])
+        one = is_node or is_array(batches) or isinstance(batches, str | bytes)
+    _checks.require(not one, "batches", f"several ({remedy})", got)
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            "`batches` must be a sequence, a loader that can be iterated again, or an "
+            f"iterator ({remedy}), got a {type(batches).__name__}."
+        )
+
+
+def _kind_of(batch: Any) -> Any:
+    """What batches have in common: structure, and dtype and rank of each leaf."""
+    leaves, treedef = jax.tree.flatten(batch)
+    kinds = [(x.dtype, np.ndim(x)) if is_array(x) else None for x in leaves]
+    return [treedef, *kinds]
 
 
 def num_stacked(batches: Any) -> int:
     """How many batches a stacked pytree holds; its leaves must agree."""
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batches)]
+    leaves = jax.tree.leaves(batches)
+    shapes = [np.shape(leaf) if is_array(leaf) else () for leaf in leaves]
     lengths = {shape[:1] for shape in shapes}
     _checks.require(
         len(lengths) == 1 and lengths != {()} and lengths != {(0,)},
         "batches",
-        "a pytree of arrays with one leading axis of steps, at least 1 (batches that "
-        "are not stacked go in a list)",
-        f"leaves of shapes {shapes}",
+        "with `stacked=True` a pytree of arrays with one leading axis of steps, at "
+        "least 1",
+        f"a {type(batches).__name__} with leaves of shapes {shapes}",
     )
     return int(lengths.pop()[0])
 
@@ -58,23 +88,3 @@ def _repeats(batches: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         _checks.require(not empty, "batches", "at least one batch", "none")
-
-
-def draw(batches: Any) -> Iterator[Any]:
-    """The batches one by one; whatever can be iterated again does so at its end."""
-    if is_stacked(batches):
-        if type(batches) is tuple and any(np.ndim(leaf) < 2 for leaf in batches):
-            raise ValueError(
-                "`batches` must be stacked along a leading axis of steps, before that "
-                "of examples, if it is a tuple of arrays (a single batch goes in a "
-                f"list), got arrays of shapes {[np.shape(leaf) for leaf in batches]}."
-            )
-        return _slices(batches, num_stacked(batches))
-    if isinstance(batches, Iterator):
-        return batches
-    if not isinstance(batches, Iterable) or is_array(batches):  # Without axes.
-        raise TypeError(
-            "`batches` must be a sequence, an iterator or a stacked pytree of batches "
-            f"(a single batch goes in a list), got a {type(batches).__name__}."
-        )
-    return _repeats(batches)

@@ -141,9 +141,29 @@ def given_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     return map_updates(lambda update, part: part, updates, params)
 
 
+def is_flax_object(leaf: Any) -> bool:
+    """Whether this is an object of Flax NNX, which as a leaf is no pytree."""
+    return any(base.__module__.startswith("flax.nnx") for base in type(leaf).__mro__)
+
+
+def is_linen_module(leaf: Any) -> bool:
+    """Whether this is a module of Linen, which never changes."""
+    return _is_a(leaf, "Module") and not is_flax_object(leaf)
+
+
+def all_leaves(tree: Any) -> list[Any]:
+    """The leaves, with those of Flax NNX objects that are no pytrees."""
+    leaves = jax.tree.leaves(tree)
+    if any(map(is_flax_object, leaves)):
+        from flax import nnx
+
+        return jax.tree.leaves(nnx.split(tree)[1])
+    return leaves
+
+
 def copy_tree(tree: Tree, copied: Callable[[Any], Any]) -> Tree:
     """``copied(leaf)`` for each leaf; what Flax NNX objects share stays shared."""
-    if _shares_variables(tree):
+    if _shares_variables(tree) or any(map(is_flax_object, jax.tree.leaves(tree))):
         from flax import nnx
 
         graph, leaves = nnx.split(tree)

@@ -9,6 +9,7 @@ a constant rate it is a short grid search.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -18,12 +19,11 @@ from numpy.typing import ArrayLike
 
 from optax_superconv import _batches, _checks
 from optax_superconv._trees import check_unshared
-from optax_superconv.finders import _members, _runs
+from optax_superconv.finders import _members, _runs, _steps
 from optax_superconv.finders._range_test import RangeTestResult, read_curve
 from optax_superconv.finders._suggestions import smooth_curve
 
 State = TypeVar("State")
-Batch = TypeVar("Batch")
 Mode = Literal["range", "constant"]
 
 
@@ -147,7 +147,7 @@ def _compare(
     if ladder is None:
         scores = np.where(diverged, np.inf, tail.mean(axis=1))
     else:
-        advice = "in its first 10 steps (lower `min_value`, or raise `num_steps`)"
+        advice = "in its first 10 steps (lower `min_learning_rate`)"
         for k, member in enumerate(losses):
             curve = read_curve(member, ladder)
             member[len(curve.losses) :] = np.nan
@@ -189,23 +189,47 @@ def _compare(
     )
 
 
+def _warn_of_idle(result: GridTestResult) -> None:
+    """Warns of hyperparameters of which all values gave the same losses."""
+    idle = [
+        name
+        for k, (name, axis) in enumerate(result.axes.items())
+        if len(axis) > 1
+        and np.array_equal(
+            *np.broadcast_arrays(result.losses, result.losses.take([0], axis=k)),
+            equal_nan=True,
+        )
+    ]
+    if idle:
+        warnings.warn(
+            f"`grid` has values of {', '.join(map(repr, idle))} that all gave the same "
+            "losses: it does not act, or too little to be seen.",
+            stacklevel=3,
+        )
+
+
 def grid_test(
-    step_fn: Callable[[State, dict[str, jax.Array], Batch], tuple[State, jax.Array]],
+    step_fn: Callable[..., tuple[State, jax.Array]],
     state: State,
     batches: Any,
     grid: Mapping[str, Iterable[float]],
     *,
     num_steps: int = 100,
     mode: Mode = "range",
-    min_value: float = 1e-6,
-    max_value: float = 10.0,
+    min_learning_rate: float = 1e-6,
+    max_learning_rate: float = 10.0,
+    accumulation_steps: int = 1,
+    stacked: bool = False,
+    pass_hyperparams: bool = False,
     vectorize: bool = False,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # jaxlib has no stub
     progress: bool = False,
 ) -> GridTestResult:
     r"""Trains every combination of a grid of hyperparameters and compares them.
 
-    All members start from ``state`` and see the same batch at each step. The score is
+    All members start from ``state`` and see the same batch at each step. Their
+    hyperparameters are set in the state, as the rate in :func:`range_test`. The score
+    is
 
     * with ``mode="range"``, where the learning rate climbs as in :func:`range_test`,
       the lowest point of the curve, smoothed as in :func:`suggest_learning_rate`.
@@ -223,24 +247,30 @@ def grid_test(
     others.
 
     Args:
-      step_fn: ``(state, hyperparams, batch) -> (state, loss)``, the caller's own
-        training step, best jitted. ``hyperparams`` is a dict of float32 scalar
-        arrays with a value of each axis, and ``"learning_rate"`` with
-        ``mode="range"``. The loss is a scalar. It may donate its state, and must change
-        nothing else.
-      state: A pytree of any structure. The step must keep its structure, shapes and
-        dtypes. There are as many copies of it as combinations; the caller's survives.
+      step_fn: ``(state, batch) -> (state, loss)``, your own training step, as for
+        :func:`range_test`. It may donate its state or change it in place, and must
+        change nothing else.
+      state: As for :func:`range_test`, with one dial of each name of the grid. There
+        are as many copies of it as combinations; yours survives.
       batches: As for :func:`range_test`; one is drawn per step and seen by all.
       grid: The values of each hyperparameter by name, such as ``{"weight_decay":
-        [1e-4, 1e-3], "momentum": [0.8, 0.9]}``: at least one name, each with at least
-        one value. The step sees the values in float32, where those of a name differ.
+        [1e-4, 1e-3], "b1": [0.8, 0.9]}``: at least one name, each with at least one
+        value. With ``state``, the names are those of :func:`read_hyperparams`. Values
+        are float32, where those of a name differ.
       num_steps: Steps of each member, at least 10 with ``mode="range"``, else at least
         1.
-      mode: ``"range"``: the rate climbs from ``min_value`` to ``max_value``, for every
-        combination, and is no axis of the grid. ``"constant"``: every combination keeps
-        its values, and ``"learning_rate"`` may be an axis like any other.
-      min_value: The lowest rate, above 0; for ``mode="range"``.
-      max_value: The highest rate, above ``min_value``; for ``mode="range"``.
+      mode: ``"range"``: the rate climbs from ``min_learning_rate`` to
+        ``max_learning_rate``, for every combination, and is no axis of the grid.
+        ``"constant"``: every combination keeps its values, and ``"learning_rate"`` may
+        be an axis like any other.
+      min_learning_rate: The lowest rate, above 0; for ``mode="range"``.
+      max_learning_rate: The highest rate, above the lowest; for ``mode="range"``.
+      accumulation_steps: Batches of each step; as for :func:`range_test`.
+      stacked: Whether ``batches`` has a leading axis of steps; as for
+        :func:`range_test`.
+      pass_hyperparams: Whether ``step_fn`` is ``(state, hyperparams, batch)``, which
+        sees a dict of float32 scalar arrays with a value of each axis, and
+        ``"learning_rate"`` with ``mode="range"``.
       vectorize: Whether the members take a step together, under ``vmap``, instead of
         one after another without waiting for the device. Under ``vmap`` the step is
         traced, and its state must hold nothing but arrays and numbers. It pays for
@@ -255,31 +285,38 @@ def grid_test(
       best combination, for :func:`suggest_learning_rate`.
 
     Raises:
-      ValueError: If no combination has a finite first loss, so that the start or the
-        first batch is bad. If no score is finite (the message names the remedy). If an
-        iterator ends too early.
+      ValueError: If a hyperparameter does not act, as for :func:`range_test`. If no
+        combination has a finite first loss, so that the start or the first batch is
+        bad. If no score is finite (the message names the remedy). If ``batches`` is a
+        single one, or an iterator that ends too early.
+
+    Warns:
+      UserWarning: If all values of a name gave the same losses.
 
     Examples:
       >>> import jax
       >>> import jax.numpy as jnp
+      >>> import optax
       >>> import optax_superconv as osc
+      >>> tx = osc.sgd(0.1, weight_decay=0.1, mask=None)
       >>> @jax.jit
-      ... def step_fn(state, hyperparams, x):
-      ...     w, trace = state
+      ... def step_fn(state, x):
+      ...     w, opt_state = state
       ...     loss, grad = jax.value_and_grad(lambda w: ((w - x) ** 2).mean())(w)
-      ...     trace = hyperparams["momentum"] * trace + grad
-      ...     return (w - hyperparams["learning_rate"] * trace, trace), loss
+      ...     updates, opt_state = tx.update(grad, opt_state, w)
+      ...     return (optax.apply_updates(w, updates), opt_state), loss
+      >>> w = jnp.zeros(())
       >>> result = osc.grid_test(
-      ...     step_fn, (jnp.zeros(()), jnp.zeros(())), [jnp.ones(8)],
-      ...     {"momentum": [0.0, 0.5, 0.9]}, max_value=1.0)
+      ...     step_fn, (w, tx.init(w)), [jnp.ones(8)],
+      ...     {"momentum": [0.0, 0.5, 0.9], "weight_decay": [0.0, 0.1]})
       >>> print(result.losses.shape, result.best)
-      (3, 100) {'momentum': 0.0}
+      (3, 2, 100) {'momentum': 0.0, 'weight_decay': 0.0}
 
     References:
       Smith, `A disciplined approach to neural network hyper-parameters
       <https://arxiv.org/abs/1803.09820>`_, 2018 (sections 4.3 and 4.4).
     """
-    _checks.function("step_fn", step_fn)
+    form = _steps.form_of(step_fn, pass_hyperparams, accumulation_steps, "hyperparams")
     _checks.choice("mode", mode, get_args(Mode))
     _checks.flag("vectorize", vectorize)
     at_least = 10 if mode == "range" else 1  # A curve of fewer is not smoothed.
@@ -294,26 +331,27 @@ def grid_test(
     axes = _axes(grid)
     ladder = None
     if mode == "range":
-        ladder = _runs.geometric_ladder(min_value, max_value, num_steps)
+        ladder = _runs.geometric_ladder(min_learning_rate, max_learning_rate, num_steps)
         _checks.require(
             "learning_rate" not in axes,
             "grid",
-            "without 'learning_rate', which climbs from `min_value` to `max_value` "
-            "(or take mode='constant')",
+            "without 'learning_rate', which climbs from `min_learning_rate` to "
+            "`max_learning_rate` (or take mode='constant')",
             f"{sorted(axes)}",
         )
     if vectorize:
         check_unshared("state", state, "under `vmap`", "take vectorize=False")
-    source = _batches.draw(batches)
+    source = _batches.draw(batches, stacked)
     columns = np.meshgrid(*axes.values(), indexing="ij")
     values = {
         name: column.ravel().astype(np.float32)
         for name, column in zip(axes, columns, strict=True)
     }
     build = _members.together if vectorize else _members.one_by_one
-    advance = build(step_fn, state, values, ladder, places)
-    shape = columns[0].size, num_steps
-    losses = _members.train("grid test", shape, source, advance, progress)
+    members = build(form, state, values, ladder, places)
+    losses = _members.train(
+        "grid test", num_steps, source, form, columns[0].size, members, progress
+    )
     _checks.require(
         np.isfinite(losses[:, 0]).any(),
         "step_fn",
@@ -321,4 +359,6 @@ def grid_test(
         "which precedes any update",
         f"{losses[0, 0]} for all",
     )
-    return _compare(losses, ladder, axes)
+    result = _compare(losses, ladder, axes)
+    _warn_of_idle(result)
+    return result

@@ -15,10 +15,9 @@ import numpy as np
 
 from optax_superconv import _batches, _checks
 from optax_superconv._numerics import weight_after
-from optax_superconv.finders import _runs
+from optax_superconv.finders import _members, _runs, _steps
 
 State = TypeVar("State")
-Batch = TypeVar("Batch")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,22 +80,30 @@ def read_curve(
 
 
 def range_test(
-    step_fn: Callable[[State, jax.Array, Batch], tuple[State, jax.Array]],
+    step_fn: Callable[..., tuple[State, jax.Array]],
     state: State,
     batches: Any,
     *,
-    min_value: float = 1e-6,
-    max_value: float = 10.0,
+    min_learning_rate: float = 1e-6,
+    max_learning_rate: float = 10.0,
     num_steps: int = 100,
     eval_fn: Callable[[State], jax.Array] | None = None,
+    accumulation_steps: int = 1,
+    stacked: bool = False,
+    pass_hyperparams: bool = False,
     smoothing: float = 0.98,
     divergence_factor: float = 4.0,
     patience: int = 10,
     progress: bool = False,
 ) -> RangeTestResult:
-    r"""Trains while the learning rate climbs from ``min_value`` to ``max_value``.
+    r"""Trains while the learning rate climbs a ladder, on your own training step.
 
     .. math:: \eta_i = \eta_{\min} (\eta_{\max} / \eta_{\min})^{i / (N - 1)}
+
+    The rate is set in the state, as by :func:`set_hyperparams`, and held there. So what
+    is tested is the optimizer that will train, with its own momentum, decay and mask,
+    and a schedule of its rate has no say. Your state survives, also where the step
+    donates it, changes it in place, raises or is interrupted: a copy is trained.
 
     It stops early at the first loss that is infinite or NaN, and when the running
     average has stood for ``patience`` steps above
@@ -107,28 +114,41 @@ def range_test(
     which also holds for losses of 0 or below. A bump that recovers within ``patience``
     steps is a catapult, not divergence.
 
-    The steps are dispatched one after another without waiting for the device, whose
-    losses are looked at every 8 steps, so ``step_fn`` may run for up to 15 steps past
-    the one that diverged; the result does not hold these.
+    The first step is made once more on another copy, at the highest rate: its new state
+    must be another one. (It is looked at again until then.) Steps are dispatched one
+    after another without waiting for the device, whose losses are looked at every 8
+    steps, so ``step_fn`` may run for up to 15 steps past the one that diverged; the
+    result does not hold these. On several CPU devices every step is waited for.
 
     Args:
-      step_fn: ``(state, learning_rate, batch) -> (state, loss)``: the caller's own
-        training step, best jitted, of any framework. The rate is a float32 scalar
-        array; the loss is a scalar. The new state must have the structure, the shapes
-        and the dtypes of the old one. It may donate its state.
-      state: Any pytree. Its arrays are copied once, so the caller's survive, also in
-        Flax NNX objects that the step changes in place.
-      batches: A list (or anything else that can be iterated again) starts again at its
-        end; an iterator is consumed. Or stacked batches: a pytree of arrays with a
-        leading axis of steps, which starts again as well. A tuple of arrays, as in
-        ``(inputs, targets)``, is such a pytree.
-      min_value: The lowest rate, above 0; the first step takes it exactly.
-      max_value: The highest rate, above ``min_value``; the last step takes it exactly.
+      step_fn: ``(state, batch) -> (state, loss)``: your own training step, best jitted,
+        of any framework. The loss is a scalar. The new state must have the structure,
+        the shapes and the dtypes of the old one; it may be the old one, changed in
+        place. With Flax NNX: ``lambda state, batch: (state, train_step(*state,
+        batch))`` for a ``train_step(model, optimizer, batch)`` that returns the loss.
+      state: Any pytree that holds the parameters and the optimizer state, such as
+        ``(params, opt_state)``, a Linen ``TrainState``, ``(model, optimizer)`` of Flax
+        NNX. It must have one ``learning_rate`` that :func:`set_hyperparams` sets: that
+        of this package's optimizers, of a chain with its
+        :func:`scale_by_learning_rate`, or a constant one of
+        ``optax.inject_hyperparams(tx, hyperparam_dtype=jnp.float32)``.
+      batches: What holds batches, as a list, a tuple or a loader, starts again at its
+        end; an iterator is consumed. A single batch goes in a list.
+      min_learning_rate: The lowest rate, above 0; the first step takes it exactly.
+      max_learning_rate: The highest rate, above ``min_learning_rate``; the last step
+        takes it exactly.
       num_steps: Steps of the ladder, at least 2.
       eval_fn: ``state -> loss``, taken after every update, best jitted: the held-out
         loss at each rate. Suggestions then read it in place of the training loss. It
         must not change the state, so in Flax NNX evaluate an :func:`nnx.view` or a
         copy: ``model.eval()`` would last. None takes no held-out loss.
+      accumulation_steps: Batches at each rate, at least 1, whose losses are averaged:
+        the micro-steps that ``optax.MultiSteps`` or your own step makes an update of.
+      stacked: Whether ``batches`` is one pytree whose leaves have a leading axis of
+        steps. It starts again at its end.
+      pass_hyperparams: Whether ``step_fn`` is ``(state, learning_rate, batch)``, which
+        sees the rate as a float32 scalar array, for a step whose state has no such
+        dial. A rate that the state records all the same must be this one.
       smoothing: Decay of the running average, in [0, 1). The average is bias-corrected,
         so a constant loss smooths to itself from the first step.
       divergence_factor: The factor in the rule above, above 1.
@@ -139,20 +159,29 @@ def range_test(
       A :class:`RangeTestResult`; see :func:`suggest_learning_rate` for its use.
 
     Raises:
-      ValueError: If the first loss, or the first held-out loss, is not finite, or if an
-        iterator ends too early (the message says how early).
+      ValueError: If the rate does not act: the state has no such dial, or two; the step
+        does not react to it; or a schedule or the step itself changes it. If the first
+        loss, or the first held-out loss, is not finite; if ``batches`` is a single one,
+        or an iterator that ends too early; if ``optax.MultiSteps`` makes its updates of
+        another number of batches.
+      TypeError: If the state has a leaf that could change and cannot be copied.
 
     Examples:
       >>> import jax
       >>> import jax.numpy as jnp
+      >>> import optax
       >>> import optax_superconv as osc
+      >>> tx = osc.onecycle_sgd(0.1, total_steps=1000)
       >>> @jax.jit
-      ... def step_fn(w, learning_rate, x):
+      ... def step_fn(state, x):
+      ...     w, opt_state = state
       ...     loss, grad = jax.value_and_grad(lambda w: ((w - x) ** 2).mean())(w)
-      ...     return w - learning_rate * grad, loss
-      >>> result = osc.range_test(step_fn, jnp.zeros(()), [jnp.ones(8)])
+      ...     updates, opt_state = tx.update(grad, opt_state, w)
+      ...     return (optax.apply_updates(w, updates), opt_state), loss
+      >>> w = jnp.zeros(())
+      >>> result = osc.range_test(step_fn, (w, tx.init(w)), [jnp.ones(8)])
       >>> print(len(result.losses), f"{osc.suggest_learning_rate(result):.2f}")
-      100 0.16
+      100 0.07
 
     References:
       Smith, `Cyclical Learning Rates for Training Neural Networks
@@ -160,44 +189,46 @@ def range_test(
       Lewkowycz et al., `The large learning rate phase of deep learning: the catapult
       mechanism <https://arxiv.org/abs/2003.02218>`_, 2020.
     """
-    _checks.function("step_fn", step_fn)
+    form = _steps.form_of(step_fn, pass_hyperparams, accumulation_steps)
     if eval_fn is not None:
         _checks.function("eval_fn", eval_fn)
-    ladder = _runs.geometric_ladder(min_value, max_value, num_steps)
+    num_steps = _checks.steps("num_steps", num_steps, at_least=2)
+    ladder = _runs.geometric_ladder(min_learning_rate, max_learning_rate, num_steps)
     patience = _checks.steps("patience", patience, at_least=1)
     _checks.scalar("smoothing", smoothing, _checks.DECAY)
     above_1 = _checks.Rule("above 1", lambda x: x > 1)
     _checks.scalar("divergence_factor", divergence_factor, above_1)
-    rates = jax.device_put(list(ladder))
-    state = _runs.copy_state(state)
-    before = _runs.layout(state)
-    eval_losses: list[jax.Array] = []
+    source = _batches.draw(batches, stacked)
+    eval_losses: list[Any] = []
 
-    def advance(step: int, batch: Batch) -> jax.Array:
-        nonlocal state
-        result = step_fn(state, rates[step], batch)
-        if step == 0:
-            _runs.check_step(before, result)
-        state, loss = result
+    def evaluate(state: State) -> None:
         if eval_fn is not None:
             eval_losses.append(eval_fn(state))
-            if step == 0:
+            _runs.settle(eval_losses[-1])
+            if len(eval_losses) == 1:
                 wanted = "`eval_fn` must return a loss that is"
                 _runs.check_loss(wanted, eval_losses[0])
-        return loss
 
-    source = _batches.draw(batches)
+    members = _members.one_by_one(form, state, {}, ladder, observe=evaluate)
+    alone = np.full(1, True)
+
+    def advance(rung: int, batches: list[Any]) -> Any:
+        return members.advance(rung, batches, alone)
+
+    accumulated, title = form.accumulation_steps, "range test"
+    seen = _runs.dispatch(title, num_steps, source, accumulated, advance, progress)
     result = read_curve(
-        _runs.dispatch("range test", len(ladder), source, advance, progress),
+        (_runs.means(losses)[0] for losses in seen),
         ladder,
         smoothing=smoothing,
         divergence_factor=divergence_factor,
         patience=patience,
     )
     _runs.check_first_loss(result.losses[0])
+    members.check(num_steps)
     if eval_fn is None:
         return result
     held_out = np.asarray(eval_losses[: len(result.losses)], np.float64)
-    rule = "finite after the first update, at `min_value`"
+    rule = "finite after the first update, at `min_learning_rate`"
     _checks.require(np.isfinite(held_out[0]), "eval_fn", rule, held_out[0])
     return dataclasses.replace(result, eval_losses=held_out)

@@ -61,13 +61,21 @@ def smooth_curve(result: RangeTestResult, *, bandwidth: float | None = None) -> 
     all_losses = result.losses if held_out is None else held_out
     bad = np.flatnonzero(~np.isfinite(all_losses))
     n = int(bad[0]) if bad.size else len(all_losses)
-    _checks.require(
-        n >= _MIN_POINTS,
-        "result",
-        f"a curve of at least {_MIN_POINTS} finite losses (run the range test with more"
-        " `num_steps`, or a lower `min_value` or `max_value`)",
-        f"one of {n} finite losses",
-    )
+    if n < _MIN_POINTS:
+        last = float(result.learning_rates[max(n - 1, 0)])
+        remedy = "run the range test with more `num_steps`"
+        if result.diverged or bad.size:
+            # No rate is at fault for what ends at the lowest that anyone tries.
+            remedy = (
+                "look for what is not the rate's fault: a number that rounds to another"
+                " in low precision, a loss scale, a bad batch"
+                if last < 1e-5
+                else "run the range test with a lower `min_learning_rate`"
+            )
+        raise ValueError(
+            f"`result` must be a curve of at least {_MIN_POINTS} finite losses, got one"
+            f" of {n}, the last at a rate of {last:.2g}: {remedy}."
+        )
     losses = np.asarray(all_losses[:n], np.float64)
     log_rates = np.log10(np.asarray(result.learning_rates[:n], np.float64))
     start = float(np.median(losses[: max(3, n // 10)]))
@@ -101,6 +109,26 @@ def smooth_curve(result: RangeTestResult, *, bandwidth: float | None = None) -> 
     )
 
 
+def _why(result: RangeTestResult, curve: _Curve) -> str:
+    """What a curve without a fall is, and what to do."""
+    climb = _climb(curve.losses, curve.start, curve.noise, 0)
+    if climb is None and not result.diverged:
+        return (
+            "one that is flat up to the highest rate: run the range test with a higher "
+            "`max_learning_rate`"
+        )
+    if climb is not None and climb <= max(3, len(curve.losses) // 10):
+        return (
+            "one that rises from the start: run the range test with a lower "
+            "`min_learning_rate`"
+        )
+    return (
+        "one that is flat until it diverges, a plateau at the start or noise: run the "
+        "range test with more `num_steps`, or compare short runs by `grid_test` with "
+        "mode='constant'"
+    )
+
+
 def _suggest(result: RangeTestResult, method: Method) -> float:
     """What one curve suggests."""
     curve = smooth_curve(result, bandwidth=_WIDE if method == "knee" else None)
@@ -112,7 +140,7 @@ def _suggest(result: RangeTestResult, method: Method) -> float:
         _checks.require(
             climb is not None or result.diverged,
             "result",
-            "a range test that diverged (run it with a higher `max_value`)",
+            "a range test that diverged (run it with a higher `max_learning_rate`)",
             f"one that reached {result.learning_rates[-1]:.3g} without diverging",
         )
         last = (len(curve.losses) if climb is None else climb) - 1
@@ -120,7 +148,7 @@ def _suggest(result: RangeTestResult, method: Method) -> float:
             last >= len(curve.losses) // 10,
             "result",
             "a range test that starts below divergence (run it with a lower "
-            "`min_value`)",
+            "`min_learning_rate`)",
             "one that rises from the start",
         )
         return float(result.learning_rates[last])
@@ -129,15 +157,10 @@ def _suggest(result: RangeTestResult, method: Method) -> float:
     fall = values[highest] - values[lowest]
     doubt = 5 * np.hypot(curve.errors[highest], curve.errors[lowest])
     doubt = max(doubt, 1e-6 * np.abs(values).max())
-    _checks.require(
-        bool(fall > doubt),
-        "result",
-        "a curve with a fall in it",
-        "one that rises from the start: run the range test with a lower `min_value`"
-        if values.max() - values[0] > doubt
-        else "one that is flat: run the range test with a higher `max_value`, or with "
-        "more `num_steps` where noise hides the fall",
-    )
+    if not fall > doubt:
+        raise ValueError(
+            f"`result` must be a curve with a fall in it, got {_why(result, curve)}."
+        )
     if method == "minimum":
         return float(10 ** log_rates[lowest] / 10)
     falling = slice(highest, lowest + 1)
@@ -160,7 +183,7 @@ def _suggestions(
             found.append(_suggest(result, method))
         except ValueError as error:
             reasons.append(str(error))
-    why = " ".join(dict.fromkeys(reasons))
+    why = max(reasons, key=reasons.count, default="")  # One cause, one remedy.
     holding = f"range tests of which one holds a suggestion ({why})"
     _checks.require(bool(found), name, holding, f"{len(reasons)} without")
     if reasons:

@@ -19,10 +19,9 @@ import jax
 import numpy as np
 
 from optax_superconv import _batches, _checks
-from optax_superconv.finders import _members, _runs
+from optax_superconv.finders import _members, _runs, _steps
 
 State = TypeVar("State")
-Batch = TypeVar("Batch")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,8 +81,8 @@ def _judge(
     best = float(ends[lowest])
     _checks.require(
         best < np.inf,
-        "bounds",
-        "low enough that some run does not diverge (lower `bounds[0]`)",
+        "min_learning_rate",
+        "low enough that some run does not diverge: lower it",
         f"losses that cease to be finite at every rate from {ladder[0]:.3g} up",
     )
     seen = f"a lowest end loss of {best:.4g} (at rate {ladder[lowest]:.3g})"
@@ -92,20 +91,27 @@ def _judge(
     noise = 3 * _runs.noise(losses[0])
     start = max(float(losses[0, : _runs.tenth(losses)].mean()), first - noise)
     noise *= math.sqrt(2 / _runs.tenth(losses))
-    _checks.require(
-        start - best > max(noise, 1e-6 * abs(start)),
-        "bounds",
-        "rates of which some learn within `num_steps` (lower `bounds[0]` if all are "
-        "too large; otherwise raise `bounds[1]` or `num_steps`)",
-        f"{seen} after a first loss of {first:.4g}, no more than noise",
-    )
+    doubt = max(noise, 1e-6 * abs(start))
+    if start - best <= doubt:
+        rises = ends > start + doubt
+        if rises[0]:
+            name, rule = "min_learning_rate", "low enough to learn at: lower it"
+        elif rises.any():
+            name, rule = "num_steps", "long enough to leave the plateau at the start"
+            rule += " at some rate below divergence: raise it"
+        else:
+            name, rule = "max_learning_rate", "high enough to learn at: raise it"
+        raise ValueError(
+            f"`{name}` must be {rule}, got {seen} after a first loss of {first:.4g}, no"
+            " more than noise."
+        )
     if target is None:
         target = start - 0.9 * (start - best)
-    remedy = "raise `num_steps` or `bounds[1]`" if lowest else "lower `bounds[0]`"
+    remedy = {0: "lower `min_learning_rate`", top: "raise `max_learning_rate`"}
     _checks.require(
         best <= target,
         "target_loss",
-        f"reached at some rate ({remedy}, or raise `target_loss`)",
+        f"reached at some rate: {remedy.get(lowest, 'raise `num_steps`')}",
         f"{seen}, never {target:.4g}",
     )
     converged = ends <= target
@@ -114,9 +120,8 @@ def _judge(
     low = high = int(np.flatnonzero(good)[-1])
     _checks.require(
         high > 0 or given,
-        "bounds",
-        "low enough that the lowest rate is not the best (lower `bounds[0]`, or give "
-        "`target_loss`)",
+        "min_learning_rate",
+        "so low that it is not the best: lower it",
         f"{seen} and higher ones at every other rate",
     )
     # A single rate that misses the target does not end it.
@@ -126,8 +131,8 @@ def _judge(
         low -= 1
     _checks.require(
         high < top,
-        "bounds",
-        "high enough that the top rate does not converge (raise `bounds[1]`)",
+        "max_learning_rate",
+        "so high that it does not converge: raise it",
         f"an end loss of {ends[top]:.4g} at {ladder[top]:.3g}, which reaches the "
         f"target of {target:.4g}",
     )
@@ -135,23 +140,28 @@ def _judge(
 
 
 def convergence_threshold(
-    step_fn: Callable[[State, jax.Array, Batch], tuple[State, jax.Array]],
+    step_fn: Callable[..., tuple[State, jax.Array]],
     state: State,
     batches: Any,
     *,
     num_steps: int,
-    bounds: tuple[float, float] = (1e-5, 10.0),
+    min_learning_rate: float = 1e-5,
+    max_learning_rate: float = 10.0,
     target_loss: float | None = None,
     num_rates: int = 16,
     rtol: float = 0.02,
+    accumulation_steps: int = 1,
+    stacked: bool = False,
+    pass_hyperparams: bool = False,
     progress: bool = False,
 ) -> ThresholdResult:
     r"""Finds the largest constant rate that still converges within ``num_steps``.
 
-    Runs a geometric ladder of ``num_rates`` constant rates from ``bounds[0]`` to
-    ``bounds[1]``, each for ``num_steps``, then bisects between the last that converges
-    and the next until they lie within a factor of ``1 + rtol``. A run converges if the
-    mean of the last tenth of its losses is at most the target. By default that is
+    Runs a geometric ladder of ``num_rates`` constant rates from ``min_learning_rate``
+    to ``max_learning_rate``, each for ``num_steps``, then bisects between the last that
+    converges and the next until they lie within a factor of ``1 + rtol``. A run
+    converges if the mean of the last tenth of its losses is at most the target. By
+    default that is
 
     .. math:: \text{start} - 0.9\, (\text{start} - \text{best}),
 
@@ -175,22 +185,27 @@ def convergence_threshold(
     good rate to train at before fine-tuning is our reading, not the paper's.
 
     Args:
-      step_fn: ``(state, learning_rate, batch) -> (state, loss)``, as for
-        :func:`range_test`: the caller's own training step, best jitted. The new state
-        must have the structure, the shapes and the dtypes of the old one.
-      state: Any pytree; the caller's survives. The ladder holds ``num_rates`` copies.
-      batches: As for :func:`range_test`. A sequence or a stacked pytree starts at its
-        beginning for every run, so that all rates see the same batches. An iterator is
-        drawn on: the ladder's runs share its batches, and each run of the bisection
-        takes ``num_steps`` new ones.
+      step_fn: ``(state, batch) -> (state, loss)``, your own training step, as for
+        :func:`range_test`.
+      state: As for :func:`range_test`, with one ``learning_rate``; yours survives. The
+        ladder holds ``num_rates`` copies.
+      batches: As for :func:`range_test`. What starts again does so for every run, so
+        that all rates see the same batches. An iterator is drawn on: the ladder's runs
+        share its batches, and each run of the bisection takes ``num_steps`` new ones.
       num_steps: Steps of each run, at least 2.
-      bounds: The lowest and the highest rate of the ladder: a pair, rising, above 0.
+      min_learning_rate: The lowest rate of the ladder, above 0.
+      max_learning_rate: The highest rate of the ladder, above the lowest.
       target_loss: The end loss that counts as converged, below the first loss; None
         fixes it on the ladder, as above.
       num_rates: Rates of the ladder, at least 3.
       rtol: Relative width of the last bracket, at least 1e-6 (rates are float32). It is
         not how far a repeat would land: other batches or another initialisation move
         the threshold of a noisy run by more.
+      accumulation_steps: Batches of each step; as for :func:`range_test`.
+      stacked: Whether ``batches`` has a leading axis of steps; as for
+        :func:`range_test`.
+      pass_hyperparams: Whether ``step_fn`` is ``(state, learning_rate, batch)``; as for
+        :func:`range_test`.
       progress: Whether to show a progress bar, one per run (needs rich).
 
     Returns:
@@ -199,23 +214,29 @@ def convergence_threshold(
       by more than a twentieth of what the best run gained and 3 standard errors.
 
     Raises:
-      ValueError: If no threshold is found between the bounds: nothing is learned, the
+      ValueError: If no threshold is found between these rates: nothing is learned, the
         target is never reached, the top rate converges, or the lowest rate is the best.
-        The message names the end to move. A bound is never returned as a threshold. Or
-        if the first loss is not finite, or if an iterator ends too early.
+        The message names what to change. An end is never returned as a threshold. If
+        the rate does not act, as for :func:`range_test`; if the first loss is not
+        finite; if ``batches`` is a single one, or an iterator that ends too early.
 
     Examples:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import optax_superconv as osc
+      >>> import optax
       >>> curvatures = jnp.array([0.1, 1.0, 4.0])
+      >>> tx = osc.sgd(0.1, momentum=0.0)
       >>> @jax.jit
-      ... def step_fn(w, learning_rate, batch):
+      ... def step_fn(state, batch):
+      ...     w, opt_state = state
       ...     loss_fn = lambda w: (curvatures * w**2).sum() / 2
       ...     loss, grad = jax.value_and_grad(loss_fn)(w)
-      ...     return w - learning_rate * grad, loss
+      ...     updates, opt_state = tx.update(grad, opt_state, w)
+      ...     return (optax.apply_updates(w, updates), opt_state), loss
+      >>> w = jnp.ones(3)
       >>> result = osc.convergence_threshold(
-      ...     step_fn, jnp.ones(3), [None], num_steps=200)
+      ...     step_fn, (w, tx.init(w)), [None], num_steps=200)
       >>> print(f"{result.threshold:.2f}")  # 2 / 4.0
       0.50
 
@@ -223,13 +244,9 @@ def convergence_threshold(
       Sadrtdinov et al., `Where Do Large Learning Rates Lead Us?
       <https://arxiv.org/abs/2410.22113>`_, 2024.
     """
-    _checks.function("step_fn", step_fn)
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise TypeError(
-            f"`bounds` must be a pair (lowest, highest) of rates, got {bounds!r}."
-        )
+    form = _steps.form_of(step_fn, pass_hyperparams, accumulation_steps)
     num_rates = _checks.steps("num_rates", num_rates, at_least=3)
-    ladder = _runs.geometric_ladder(*bounds, num_rates, ("bounds[0]", "bounds[1]"))
+    ladder = _runs.geometric_ladder(min_learning_rate, max_learning_rate, num_rates)
     num_steps = _checks.steps("num_steps", num_steps, at_least=2)
     rule = _checks.Rule("at least 1e-6 and finite", lambda x: x >= 1e-6)
     _checks.scalar("rtol", rtol, rule)
@@ -238,16 +255,11 @@ def convergence_threshold(
 
     def train(title: str, rates: np.ndarray) -> np.ndarray:
         """Losses at constant rates."""
-        advance = _members.one_by_one(
-            lambda state, hyperparams, batch: step_fn(
-                state, hyperparams["learning_rate"], batch
-            ),
-            state,
-            {"learning_rate": rates},
+        source = _batches.draw(batches, stacked)  # Starts again, or goes on.
+        members = _members.one_by_one(form, state, {_steps.RATE: rates})
+        return _members.train(
+            title, num_steps, source, form, len(rates), members, progress
         )
-        source = _batches.draw(batches)  # Starts again, unless it is an iterator.
-        shape = len(rates), num_steps
-        return _members.train(title, shape, source, advance, progress)
 
     rates, losses = ladder, train("ladder of rates", ladder)
     target, untrained, low, high = _judge(losses, ladder, target_loss)

@@ -136,18 +136,6 @@ def _means_of(pairs: Any, names: list[str]) -> tuple[int | None, ...]:
     return tuple(means.get(k) for k in range(len(names)))
 
 
-def _each(batches: Any) -> Iterable[Any]:
-    """The batches; raises for one that is not in a list, which would be cut."""
-    is_one = is_array(batches) or _batches.is_stacked(batches)
-    if is_one or not isinstance(batches, Iterable):
-        kind = "array" if is_array(batches) else type(batches).__name__
-        raise TypeError(
-            "`batches` must be a sequence, an iterable or an iterator of batches (a "
-            f"single batch goes in a list), got a single {kind}."
-        )
-    return batches
-
-
 def _num_examples(batch: Any) -> int:
     sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)}
     rule = (
@@ -318,7 +306,8 @@ def recalibrate_batch_stats(
 
     near, far = ([jnp.full_like(x, end) for x in old] for end in (0, _FAR))
     total, rests, seen, finite = near, [], 0, []
-    for batch in _each(batches):
+    _batches.check_several(batches, "a single batch goes in a list")
+    for batch in batches:
         num_examples = _num_examples(batch)
         if seen:
             at_near = evaluate(near, batch)

@@ -15,11 +15,16 @@ from common import ROOT
 from flax import nnx
 
 import optax_superconv as osc
-from optax_superconv.finders import _members
+from optax_superconv.finders import _members, _steps
 
 DECAYS, MOMENTA = [0.0, 1e-4, 1e-3, 1e-2], [0.0, 0.5, 0.9]
 GRID = {"weight_decay": DECAYS, "momentum": MOMENTA}
-RATES = {"min_value": 1e-3, "max_value": 0.3}
+RATES = {"min_learning_rate": 1e-3, "max_learning_rate": 0.3}
+
+
+# The form of most steps below.
+grid_test = functools.partial(osc.grid_test, pass_hyperparams=True)
+range_test = functools.partial(osc.range_test, pass_hyperparams=True)
 
 
 def loss_fn(params, batch):
@@ -93,7 +98,7 @@ def run(**options):
     step_fn = options.pop("step_fn", parabola_step)
     state = options.pop("state", jnp.ones(3))
     batches = options.pop("batches", [jnp.zeros(3)])
-    return osc.grid_test(step_fn, state, batches, **options)
+    return grid_test(step_fn, state, batches, **options)
 
 
 # --- the members ----------------------------------------------------------------------
@@ -113,7 +118,7 @@ def test_a_grid_compiles_once_and_equals_the_single_runs(mode, vectorize):
             hyperparams = hyperparams | {"learning_rate": jnp.float32(0.05)}
         return train_step(state, hyperparams, batch)
 
-    result = osc.grid_test(
+    result = grid_test(
         step_fn,
         start(),
         make_batches(),
@@ -138,9 +143,7 @@ def test_a_plain_function_is_traced_once_too_under_vmap():
         next(traces)
         return train_step(state, hyperparams, batch)
 
-    osc.grid_test(
-        step_fn, start(), make_batches(), grid=GRID, vectorize=True, num_steps=20
-    )
+    grid_test(step_fn, start(), make_batches(), grid=GRID, vectorize=True, num_steps=20)
     assert next(traces) == 1
 
 
@@ -150,7 +153,7 @@ def test_python_numbers_in_state_and_batch_are_traced_once_too_under_vmap():
     @jax.jit
     def step_fn(state, hyperparams, batch):
         next(traces)
-        w = state["w"] * jnp.float32(1.0)  # No longer a Python number's type.
+        w = state["w"] + hyperparams["learning_rate"]  # No Python number's type.
         return {"w": w, "n": 7}, hyperparams["a"] * batch * state["w"]
 
     result = run(
@@ -167,7 +170,7 @@ def test_python_numbers_in_state_and_batch_are_traced_once_too_under_vmap():
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_learning_rate_may_be_an_axis_of_constant_runs(vectorize):
     rates = [0.01, 0.1, 0.3]
-    result = osc.grid_test(
+    result = grid_test(
         alone_step,
         start(),
         make_batches(),
@@ -192,7 +195,7 @@ def test_a_member_that_diverges_leaves_the_others_as_they_are(vectorize, mode):
             vectorize=vectorize,
             mode=mode,
             num_steps=100,
-            max_value=1.0,
+            max_learning_rate=1.0,
         )
         for other in (0.7, 1e9)
     ]
@@ -235,19 +238,20 @@ def test_a_grid_ends_when_all_members_have_diverged(vectorize):
     iterator = itertools.count()
 
     def step_fn(state, hyperparams, batch):
-        return state, jnp.where(batch > 20, jnp.nan, hyperparams["a"])
+        loss = jnp.where(batch > 20, jnp.nan, hyperparams["a"])
+        return hyperparams["learning_rate"], loss
 
     options = {"step_fn": step_fn, "batches": iterator, "vectorize": vectorize}
-    run(**options, state=0, grid={"a": [1.0, 2.0]}, num_steps=100)
+    run(**options, state=np.float32(0), grid={"a": [1.0, 2.0]}, num_steps=100)
     assert 21 < next(iterator) <= 21 + 16
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_a_range_mode_curve_is_the_range_test_of_its_combination(vectorize):
     grid = {"curvature": [4.0, 30.0], "unused": [0.0]}
-    result = run(grid=grid, vectorize=vectorize, num_steps=100, max_value=1e3)
+    result = run(grid=grid, vectorize=vectorize, num_steps=100, max_learning_rate=1e3)
     for k, curvature in enumerate(grid["curvature"]):
-        expected = osc.range_test(
+        expected = range_test(
             jax.jit(
                 lambda w, rate, batch, c=curvature: parabola_step(
                     w, {"learning_rate": rate, "curvature": c}, batch
@@ -255,7 +259,7 @@ def test_a_range_mode_curve_is_the_range_test_of_its_combination(vectorize):
             ),
             jnp.ones(3),
             [jnp.zeros(3)],
-            max_value=1e3,
+            max_learning_rate=1e3,
         )
         curve = result.curve(curvature=curvature, unused=0.0)
         assert isinstance(curve, osc.RangeTestResult)
@@ -281,7 +285,10 @@ def test_a_range_mode_curve_is_the_range_test_of_its_combination(vectorize):
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_the_state_survives_a_step_that_donates_it(vectorize):
     donating = jax.jit(
-        lambda s, h, x: (jax.tree.map(lambda w: w - h["a"] * x, s), s["w"].sum()),
+        lambda s, h, x: (
+            jax.tree.map(lambda w: w - h["a"] * h["learning_rate"] * x, s),
+            s["w"].sum(),
+        ),
         donate_argnums=0,
     )
     w = jnp.ones(4)
@@ -409,7 +416,7 @@ def test_members_spread_over_devices_do_as_on_one(count, members, vectorize):
         return train_step(state, hyperparams | {"momentum": 0.9}, batch)
 
     def test(**options):
-        return osc.grid_test(
+        return grid_test(
             step_fn,
             start(),
             make_batches(),
@@ -436,13 +443,15 @@ def test_members_live_where_they_are_sent(vectorize):
     def step_fn(w, hyperparams, batch):
         if not isinstance(w, jax.core.Tracer):
             seen.add((*w.devices(), *batch.devices(), *hyperparams["a"].devices()))
-        return w + batch, hyperparams["a"] * w.sum()
+        rate = hyperparams.get("learning_rate", 0)
+        return w + batch * rate, hyperparams["a"] * w.sum()
 
     if vectorize:
-        advance = _members.together(
-            step_fn, jnp.ones(2), {"a": np.ones(5, np.float32)}, None, devices
+        form = _steps.form_of(step_fn, True, 1, "hyperparams")
+        members = _members.together(
+            form, jnp.ones(2), {"a": np.ones(5, np.float32)}, None, devices
         )
-        losses = advance(0, jnp.ones(2), np.ones(5, bool))
+        (losses,) = members.advance(0, [jnp.ones(2)], np.ones(5, bool))
         assert losses.sharding.device_set == set(devices)
         assert losses.shape == (6,)
         return
@@ -472,7 +481,7 @@ for vectorize in (True, False):
     one, two = (
         osc.grid_test(
             jax.jit(step_fn), jnp.ones(3), [x], grid={"decay": [0, 0.1, 0.3]},
-            num_steps=40, vectorize=vectorize, devices=devices)
+            pass_hyperparams=True, num_steps=40, vectorize=vectorize, devices=devices)
         for devices in (None, jax.devices()))
     np.testing.assert_allclose(one.losses, two.losses, rtol=1e-5)
     assert one.best == two.best
@@ -491,17 +500,19 @@ def test_the_step_is_vmapped_where_that_is_asked_for(vectorize):
 
     def step_fn(w, hyperparams, batch):
         seen.append(isinstance(hyperparams["a"], jax.core.Tracer))
-        return w, w.sum()
+        return w + hyperparams["learning_rate"], w.sum()
 
     run(step_fn=step_fn, grid={"a": [1.0, 2.0]}, vectorize=vectorize, num_steps=10)
-    assert seen == ([True] if vectorize else [False] * 20)
+    assert seen == ([True] if vectorize else [False] * 21)
 
 
 def test_by_default_a_step_need_not_be_traceable():
     def step_fn(state, hyperparams, batch):
-        return state, np.float64(hyperparams["a"]) * len(state["name"])
+        loss = np.float64(hyperparams["a"]) * len(state["name"])
+        return state | {"w": hyperparams["learning_rate"]}, loss
 
-    result = run(step_fn=step_fn, state={"name": "abc"}, grid={"a": [1, 2]})
+    state = {"name": "abc", "w": np.float32(0)}
+    result = run(step_fn=step_fn, state=state, grid={"a": [1, 2]})
     np.testing.assert_array_equal(result.losses[:, 0], [3, 6])
 
 
@@ -510,9 +521,12 @@ def test_by_default_a_step_need_not_be_traceable():
 
 def replay(curves, **options):
     """A grid test that sees these curves, (members, num_steps)."""
-    return osc.grid_test(
-        lambda state, hyperparams, losses: (state, losses[int(hyperparams["k"])]),
-        0,
+    return grid_test(
+        lambda state, hyperparams, losses: (
+            np.asarray(hyperparams.get("learning_rate", 0), np.float32),
+            losses[int(hyperparams["k"])],
+        ),
+        np.float32(0),
         list(np.float32(curves).T),
         grid={"k": np.arange(len(curves))},
         num_steps=len(curves[0]),
@@ -562,12 +576,12 @@ def tied_step(model, hyperparams, batch):
 def test_variables_that_are_shared_stay_shared():
     options = {"mode": "constant", "num_steps": 5}
     grid = {"learning_rate": [0.01, 0.02]}
-    result = osc.grid_test(tied_step, Tied(), [None], grid, **options)
+    result = grid_test(tied_step, Tied(), [None], grid, **options)
     rates = np.array([0.01, 0.02])
     expected = 4 * (1 - 4 * rates[:, None]) ** (2 * np.arange(5))
     np.testing.assert_allclose(result.losses, expected, rtol=1e-5)
     with pytest.raises(ValueError, match="`state` must be without Variables"):
-        osc.grid_test(tied_step, Tied(), [None], grid, **options, vectorize=True)
+        grid_test(tied_step, Tied(), [None], grid, **options, vectorize=True)
 
 
 def test_a_short_tail_tells_no_errors():
@@ -634,8 +648,13 @@ BAD_VALUES = [
     ({"mode": "climb"}, "mode", "one of 'range', 'constant'", "'climb'"),
     ({"num_steps": 9}, "num_steps", "at least 10", "9"),
     ({"num_steps": 0, "mode": "constant"}, "num_steps", "at least 1", "0"),
-    ({"min_value": 0.0}, "min_value", "above 0", "0.0"),
-    ({"max_value": 1e-7}, "max_value", "above `min_value`", "1e-07"),
+    ({"min_learning_rate": 0.0}, "min_learning_rate", "above 0", "0.0"),
+    (
+        {"max_learning_rate": 1e-7},
+        "max_learning_rate",
+        "above `min_learning_rate`",
+        "1e-07",
+    ),
     ({"batches": []}, "batches", "at least one batch", "none"),
     ({"batches": iter([])}, "batches", "(30) steps", "dry after 0"),
     ({"batches": iter([np.zeros(3)] * 7)}, "batches", "(30) steps", "dry after 7"),
@@ -664,7 +683,7 @@ BAD_VALUES = [
     (
         {"grid": {"curvature": [1e30, 2e30]}},
         "grid",
-        "lower `min_value`",
+        "lower `min_learning_rate`",
         "steps",
     ),
 ]

@@ -18,15 +18,19 @@ from hypothesis import strategies as st
 
 import optax_superconv as osc
 
+# The form of most steps below.
+range_test = functools.partial(osc.range_test, pass_hyperparams=True)
+ZERO = np.float32(0)
+
 
 def echo(state, learning_rate, loss):
-    """A step that loses its batch, whatever is trained."""
-    return state, loss
+    """A step that loses its batch; its state is the rate."""
+    return learning_rate, loss
 
 
 def run(losses, **options):
     losses = list(np.float32(losses))
-    return osc.range_test(echo, 0, losses, num_steps=len(losses), **options)
+    return range_test(echo, ZERO, losses, num_steps=len(losses), **options)
 
 
 @jax.jit
@@ -47,13 +51,20 @@ def test_ladder_is_geometric_and_hits_both_ends(num_steps):
         assert learning_rate.dtype == jnp.float32
         assert isinstance(learning_rate, jax.Array)
         seen.append(float(learning_rate))
-        return state, jnp.float32(1.0)
+        return learning_rate, jnp.float32(1.0)
 
-    result = osc.range_test(
-        step_fn, 0, [None], min_value=1e-5, max_value=3.0, num_steps=num_steps
+    result = range_test(
+        step_fn,
+        ZERO,
+        [None],
+        min_learning_rate=1e-5,
+        max_learning_rate=3.0,
+        num_steps=num_steps,
     )
     expected = 1e-5 * (3.0 / 1e-5) ** (np.arange(num_steps) / (num_steps - 1))
     np.testing.assert_allclose(result.learning_rates, expected, rtol=1e-6)
+    again, *seen = seen  # The first step is tried at the highest rate, too.
+    assert again == result.learning_rates[-1]
     np.testing.assert_array_equal(result.learning_rates, np.float32(seen))
     assert result.learning_rates[0] == np.float32(1e-5)
     assert result.learning_rates[-1] == np.float32(3.0)
@@ -64,12 +75,12 @@ def test_losses_are_those_of_the_same_steps_run_bare():
     for rate in np.geomspace(1e-3, 0.5, 40, dtype=np.float32):
         w, loss = quadratic_step(w, rate, jnp.ones(3))
         losses.append(loss)
-    result = osc.range_test(
+    result = range_test(
         quadratic_step,
         jnp.zeros(()),
         [jnp.ones(3)],
-        min_value=1e-3,
-        max_value=0.5,
+        min_learning_rate=1e-3,
+        max_learning_rate=0.5,
         num_steps=40,
     )
     np.testing.assert_allclose(result.losses, np.stack(losses), rtol=1e-6)
@@ -145,10 +156,10 @@ def test_looks_at_the_losses_at_least_every_sixteen_steps():
         calls = itertools.count()
 
         def step_fn(state, learning_rate, batch, bad=bad, calls=calls):
-            return state, jnp.float32(np.nan if next(calls) >= bad else 1.0)
+            return learning_rate, jnp.float32(np.nan if next(calls) > bad else 1.0)
 
-        osc.range_test(step_fn, 0, [None])
-        assert next(calls) - (bad + 1) < 16
+        range_test(step_fn, ZERO, [None])
+        assert next(calls) - (bad + 2) < 16
 
 
 def test_does_not_wait_for_the_device_at_every_step():
@@ -156,17 +167,17 @@ def test_does_not_wait_for_the_device_at_every_step():
     lags, dispatched = [], itertools.count(1)
 
     class Loss(np.float32):
-        def __float__(self):
+        def __array__(self, dtype=None, copy=None):
             lags.append(calls[-1] - (len(lags) + 1))
-            return 1.0
+            return np.ones((), dtype)
 
     calls = []
 
     def step_fn(state, learning_rate, batch):
         calls.append(next(dispatched))
-        return state, Loss(1.0)
+        return learning_rate, Loss(1.0)
 
-    osc.range_test(step_fn, 0, [None], num_steps=64)
+    range_test(step_fn, ZERO, [None], num_steps=64)
     assert len(lags) == 64
     assert min(lags[:48]) >= 8
 
@@ -181,22 +192,22 @@ def test_held_out_losses_are_taken_after_every_update():
     for rate in rates:
         w -= rate * 2 * (w - 1.0)
         expected.append(2 * w)
-    options = {"min_value": 1e-3, "max_value": 0.1, "num_steps": 20}
-    result = osc.range_test(
+    options = {"min_learning_rate": 1e-3, "max_learning_rate": 0.1, "num_steps": 20}
+    result = range_test(
         quadratic_step, jnp.full((), 3.0), [jnp.ones(1)], eval_fn=held_out, **options
     )
     np.testing.assert_allclose(result.eval_losses, expected, rtol=1e-5)
     assert result.losses[0] == 4.0
-    bare = osc.range_test(quadratic_step, jnp.full((), 3.0), [jnp.ones(1)], **options)
+    bare = range_test(quadratic_step, jnp.full((), 3.0), [jnp.ones(1)], **options)
     assert bare.eval_losses is None
 
 
 def test_held_out_losses_end_where_the_losses_do():
-    result = osc.range_test(
+    result = range_test(
         quadratic_step,
         jnp.full((), 3.0),
         [jnp.ones(1)],
-        max_value=1e4,
+        max_learning_rate=1e4,
         eval_fn=held_out,
         patience=2,
     )
@@ -213,30 +224,30 @@ def test_the_state_survives_a_step_that_donates_it():
         donate_argnums=0,
     )
     state = {"w": jnp.ones(4), "n": np.ones(2), "none": None}
-    osc.range_test(donating, state, [1.0], num_steps=10)
+    range_test(donating, state, [1.0], num_steps=10)
     np.testing.assert_array_equal(state["w"], np.ones(4))
     np.testing.assert_array_equal(state["n"], np.ones(2))
 
 
 def test_the_state_survives_a_step_that_writes_into_numpy():
     def step_fn(state, learning_rate, batch):
-        state += 1
+        state += np.asarray(learning_rate)
         return state, jnp.float32(1.0)
 
     state = np.zeros(2)
-    osc.range_test(step_fn, state, [None], num_steps=5)
+    range_test(step_fn, state, [None], num_steps=5)
     np.testing.assert_array_equal(state, 0)
 
 
 def test_random_keys_and_static_leaves_may_be_in_the_state():
     def step_fn(state, learning_rate, batch):
-        key, name = state
+        key, name, _ = state
         key, sub = jax.random.split(key)
-        return (key, name), jax.random.uniform(sub)
+        return (key, name, learning_rate), jax.random.uniform(sub)
 
-    key = jax.random.key(0)
-    first = osc.range_test(step_fn, (key, "name"), [None], num_steps=20)
-    again = osc.range_test(step_fn, (key, "name"), [None], num_steps=20)
+    state = jax.random.key(0), "name", ZERO
+    first = range_test(step_fn, state, [None], num_steps=20)
+    again = range_test(step_fn, state, [None], num_steps=20)
     np.testing.assert_array_equal(first.losses, again.losses)
 
 
@@ -246,7 +257,7 @@ def test_the_state_stays_where_it_is_and_nothing_is_compiled_again():
     for state in (jnp.zeros(8), jax.device_put(jnp.zeros(8), sharding)):
         step = jax.jit(lambda s, lr, b: (s - lr, s.sum()))
         step(state, jnp.float32(1.0), 1.0)
-        osc.range_test(step, state, [1.0], num_steps=20)
+        range_test(step, state, [1.0], num_steps=20)
         assert step._cache_size() == 1
 
 
@@ -260,7 +271,7 @@ def test_a_weakly_typed_state_is_traced_once():
 
     state = jnp.asarray(0.5)
     assert state.weak_type
-    osc.range_test(step_fn, state, np.zeros((2, 1)), num_steps=5)
+    range_test(step_fn, state, np.zeros((2, 1)), num_steps=5, stacked=True)
     assert next(traces) == 1
 
 
@@ -277,7 +288,7 @@ def test_nnx_model_and_optimizer_survive():
         loss, grads = jax.value_and_grad(loss_fn)(params)
         return jax.tree.map(lambda p, g: p - learning_rate * g, params, grads), loss
 
-    result = osc.range_test(step_fn, params, [jnp.ones((4, 2))])
+    result = range_test(step_fn, params, [jnp.ones((4, 2))])
     assert result.losses[0] > result.losses.min()
     jax.tree.map(
         np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model))
@@ -298,7 +309,7 @@ def test_nnx_objects_that_change_in_place_survive():
     def step_fn(state, learning_rate, x):
         return state, step(*state, learning_rate, x)
 
-    result = osc.range_test(step_fn, (model, optimizer), [jnp.ones((4, 2))])
+    result = range_test(step_fn, (model, optimizer), [jnp.ones((4, 2))])
     assert result.losses.min() < 0.5 * result.losses[0]
     np.testing.assert_array_equal(model.kernel[...], before)
 
@@ -334,8 +345,13 @@ def test_nnx_objects_that_share_a_variable_go_on_sharing_it():
     expected = [float(step(state, rate, jnp.ones((4, 2)))) for rate in rates]
     state = start()
     before = np.asarray(state[0].kernel[...])
-    result = osc.range_test(
-        step_fn, state, jnp.ones((1, 4, 2)), min_value=1e-3, max_value=0.1, num_steps=20
+    result = range_test(
+        step_fn,
+        state,
+        [jnp.ones((4, 2))],
+        min_learning_rate=1e-3,
+        max_learning_rate=0.1,
+        num_steps=20,
     )
     np.testing.assert_allclose(result.losses, expected, rtol=1e-5)
     assert result.losses[-1] < result.losses[0]
@@ -352,22 +368,22 @@ def test_equinox_models_are_states():
             model, jax.tree.map(lambda g: -learning_rate * g, grads)
         ), loss
 
-    result = osc.range_test(step_fn, model, [jnp.ones(2)])
+    result = range_test(step_fn, model, [jnp.ones(2)])
     assert result.losses.min() < 0.5 * result.losses[0]
 
 
 # --- batches --------------------------------------------------------------------------
 
 
-def seen_batches(batches, num_steps):
+def seen_batches(batches, num_steps, **options):
     seen = []
 
     def step_fn(state, learning_rate, batch):
         seen.append(batch)
-        return state, jnp.float32(1.0)
+        return learning_rate, jnp.float32(1.0)
 
-    osc.range_test(step_fn, 0, batches, num_steps=num_steps)
-    return seen
+    range_test(step_fn, ZERO, batches, num_steps=num_steps, **options)
+    return seen[1:]  # The first step is tried at the highest rate, too.
 
 
 def test_a_sequence_starts_again_at_its_end():
@@ -386,7 +402,7 @@ def test_a_sequence_starts_again_at_its_end():
     ids=lambda stacked: type(stacked).__name__,
 )
 def test_stacked_batches_are_taken_one_by_one(stacked):
-    for k, batch in enumerate(seen_batches(stacked, 7)):
+    for k, batch in enumerate(seen_batches(stacked, 7, stacked=True)):
         jax.tree.map(
             lambda leaf, whole, k=k: np.testing.assert_array_equal(leaf, whole[k % 3]),
             batch,
@@ -418,7 +434,7 @@ def test_an_iterator_that_runs_dry_says_after_how_many():
 
 
 def test_an_iterator_that_runs_dry_after_divergence_is_no_error():
-    result = osc.range_test(echo, 0, iter([1.0, np.nan, np.nan]))
+    result = range_test(echo, ZERO, iter([1.0, np.nan, np.nan]))
     assert len(result.losses) == 2
 
 
@@ -485,7 +501,9 @@ def test_the_default_is_steady_under_noise(noise):
 def test_a_suggestion_does_not_depend_on_the_running_average():
     x = np.log10(RATES)
     suggestions = {
-        osc.suggest_learning_rate(run(falling(x), smoothing=smoothing, min_value=1e-7))
+        osc.suggest_learning_rate(
+            run(falling(x), smoothing=smoothing, min_learning_rate=1e-7)
+        )
         for smoothing in (0.0, 0.9, 0.98)
     }
     assert len(suggestions) == 1
@@ -523,13 +541,13 @@ def test_a_curve_that_only_falls_has_a_suggestion(method):
 @pytest.mark.parametrize(
     ("losses", "advice"),
     [
-        (np.full(100, 2.3), "flat.*max_value"),
-        (np.zeros(100), "flat.*max_value"),
-        (np.linspace(1, 3, 100), "rises from the start.*min_value"),
-        (np.geomspace(1, 1e6, 100), "rises from the start.*min_value"),
+        (np.full(100, 2.3), "flat.*max_learning_rate"),
+        (np.zeros(100), "flat.*max_learning_rate"),
+        (np.linspace(1, 3, 100), "rises from the start.*min_learning_rate"),
+        (np.geomspace(1, 1e6, 100), "rises from the start.*min_learning_rate"),
         (np.linspace(3, 1, 9), "10.*num_steps"),
-        (np.append(np.linspace(3, 1, 9), [np.nan] * 20), "10.*num_steps"),
-        (np.full(30, np.nan), "10.*num_steps"),
+        (np.append(np.linspace(3, 1, 9), [np.nan] * 20), "10.*not the rate's fault"),
+        (np.full(30, np.nan), "10.*not the rate's fault"),
     ],
 )
 def test_a_curve_without_suggestion_says_what_to_change(method, losses, advice):
@@ -599,7 +617,7 @@ def test_divergence_from_the_start_asks_for_a_lower_rate():
 
 
 def test_divergence_needs_divergence():
-    with pytest.raises(ValueError, match="max_value"):
+    with pytest.raises(ValueError, match="max_learning_rate"):
         osc.suggest_learning_rate(
             as_result(2.0 - np.linspace(0, 1, 100)), method="divergence"
         )
@@ -607,8 +625,12 @@ def test_divergence_needs_divergence():
 
 def test_divergence_is_read_where_it_happens_on_a_real_run():
     """Gradient descent on curvature 2 diverges above a rate of 1."""
-    result = osc.range_test(
-        quadratic_step, jnp.full((), 100.0), [jnp.zeros(1)], max_value=1e4, patience=3
+    result = range_test(
+        quadratic_step,
+        jnp.full((), 100.0),
+        [jnp.zeros(1)],
+        max_learning_rate=1e4,
+        patience=3,
     )
     assert result.diverged
     edge = osc.suggest_learning_rate(result, method="divergence")
@@ -650,7 +672,7 @@ def test_repeats_that_diverge_at_once_are_counted_and_left_out():
     at_once = as_result([2.3, 50.0, np.inf], diverged=True)
     rising = as_result(np.geomspace(2.3, 1e6, 100), diverged=True)
     results = [at_once, *good, rising]
-    with pytest.warns(UserWarning, match=r"2 of 5 range tests.*rises from the start"):
+    with pytest.warns(UserWarning, match=r"2 of 5 range tests.*left out"):
         suggested = osc.suggest_learning_rate(results)
     assert suggested == osc.suggest_learning_rate(good)
     with pytest.warns(UserWarning, match=r"2 of 5 range tests"):
@@ -688,4 +710,4 @@ CHANGES = {
 @pytest.mark.parametrize(("state", "change"), CHANGES.values(), ids=CHANGES)
 def test_a_step_that_would_compile_anew_is_refused(state, change):
     with pytest.raises(ValueError, match=r"^`step_fn` must be .* of structure"):
-        osc.range_test(lambda s, rate, b: (change(s), jnp.ones(())), state, [None])
+        range_test(lambda s, rate, b: (change(s), jnp.ones(())), state, [None])

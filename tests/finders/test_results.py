@@ -18,21 +18,23 @@ def step_fn(w, learning_rate, batch):
 
 
 def grid_step_fn(w, hyperparams, batch):
-    return step_fn(w, hyperparams["learning_rate"] + hyperparams["first"], batch)
+    shift = hyperparams["first"] + 0 * hyperparams["second"]
+    return step_fn(w, hyperparams["learning_rate"] + shift, batch)
 
 
 def parabola(w):
     return jnp.sum(w**2)
 
 
+PASSED = {"pass_hyperparams": True}
 GRID = {"first": np.linspace(0, 1, 25), "second": [1.0, 2.0], "third": [1.0, 2.0]}
 RESULTS = {
-    "range": lambda: osc.range_test(step_fn, jnp.ones(2), [None]),
+    "range": lambda: osc.range_test(step_fn, jnp.ones(2), [None], **PASSED),
     "grid": lambda: osc.grid_test(
-        grid_step_fn, jnp.ones(2), [None], GRID, num_steps=20, vectorize=True
+        grid_step_fn, jnp.ones(2), [None], GRID, num_steps=20, vectorize=True, **PASSED
     ),
     "threshold": lambda: osc.convergence_threshold(
-        step_fn, jnp.ones(2), [None], num_steps=20
+        step_fn, jnp.ones(2), [None], num_steps=20, **PASSED
     ),
     "sharpness": lambda: osc.sharpness(parabola, jnp.ones(2)),
 }

@@ -1,0 +1,346 @@
+"""How do hyperparameters reach the caller's step, and do they act there?
+
+They are set in the state that the step is given, as dials of its optimizer, or passed
+to the step as an argument. Either way what is applied must be what was asked for: a
+schedule inside an optimizer multiplies the rate that the optimizer is made with, and a
+step may leave the rate aside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_superconv import _checks, _records, _trees
+from optax_superconv._numerics import is_array
+
+RATE = "learning_rate"
+
+# ``(state, hyperparams, batch) -> (state, loss)``
+Step = Callable[[Any, Mapping[str, Any], Any], Any]
+
+
+class Form(NamedTuple):
+    """How a finder calls the caller's step."""
+
+    step: Step
+    in_state: bool  # whether hyperparameters are set in the state
+    accumulation_steps: int  # steps at each rate
+
+
+class Knob(NamedTuple):
+    """Where a dial is in a state."""
+
+    path: tuple[int, ...]  # from the root, which child of each node
+    key: str  # in the record there
+    index: int | None  # in the vector of what is held; None in `inject_hyperparams`
+
+
+def form_of(
+    step_fn: Any,
+    pass_hyperparams: bool,
+    accumulation_steps: Any,
+    passed: str = RATE,
+) -> Form:
+    """The caller's step, checked for its arguments."""
+    _checks.function("step_fn", step_fn)
+    _checks.flag("pass_hyperparams", pass_hyperparams)
+    steps = _checks.steps("accumulation_steps", accumulation_steps, at_least=1)
+    names = ("state", passed, "batch") if pass_hyperparams else ("state", "batch")
+    try:
+        signature = inspect.signature(step_fn)
+    except (TypeError, ValueError):
+        signature = None  # Of some compiled functions.
+    if signature is not None:
+        try:
+            signature.bind(*names)
+        except TypeError:
+            advice = (
+                "give `pass_hyperparams=False` for one without hyperparameters"
+                if pass_hyperparams
+                else f"`pass_hyperparams=True` for (state, {passed}, batch); a step of "
+                "Flax NNX objects goes in `lambda state, batch: (state, "
+                "train_step(*state, batch))`"
+            )
+            raise TypeError(
+                f"`step_fn` must take ({', '.join(names)}), got a function of "
+                f"{signature} ({advice})."
+            ) from None
+
+    def step(state: Any, hyperparams: Mapping[str, Any], batch: Any) -> Any:
+        if not pass_hyperparams:
+            return step_fn(state, batch)
+        given = hyperparams[RATE] if passed == RATE else hyperparams
+        return step_fn(state, given, batch)
+
+    return Form(step, not pass_hyperparams, steps)
+
+
+# --- where the dials are --------------------------------------------------------------
+
+
+def _walk(
+    node: Any, is_wanted: Callable[[Any], bool], path: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """The wanted nodes of a tree, and where they are."""
+    if is_wanted(node):
+        yield path, node
+    for k, child in enumerate(_trees.children_of(node)):
+        if child is not node:
+            yield from _walk(child, is_wanted, (*path, k))
+
+
+def node_at(tree: Any, path: tuple[int, ...]) -> Any:
+    for k in path:
+        tree = _trees.children_of(tree)[k]
+    return tree
+
+
+def replaced(tree: Any, path: tuple[int, ...], change: Callable[[Any], Any]) -> Any:
+    """The tree with a changed node; Variables on the way are written in place."""
+    if not path:
+        return change(tree)
+    children, treedef = jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
+    old = children[path[0]]
+    children[path[0]] = replaced(old, path[1:], change)
+    if children[path[0]] is old:
+        return tree
+    if _trees.is_box(tree):
+        return _trees.assigned(tree, children[0])
+    return jax.tree.unflatten(treedef, children)
+
+
+def knobs_in(state: Any) -> dict[str, Knob]:
+    """The dials of a state by name, without those that another one decides."""
+    places = _records.places_in(state)
+    found = list(_walk(state, _records.has_record))
+    path_of = {id(node): path for path, node in reversed(found)}
+    injected = [
+        (path, node.hyperparams)
+        for path, node in found
+        if isinstance(node, _records.INJECTED)
+    ]
+    knobs: dict[str, Knob] = {}
+    for name, place, key, is_dial in _records.entries_in(places):
+        node = places[place].state
+        path = path_of[id(node)]
+        decided = any(
+            path != above and path[: len(above)] == above and key in names
+            for above, names in injected
+        )
+        if is_dial and not decided:
+            index = None
+            if not isinstance(node, _records.INJECTED):
+                index = _index_of(key, node)
+            knobs[name] = Knob(path, key, index)
+    return knobs
+
+
+def _index_of(key: str, node: Any) -> int:
+    """Of a dial, in the vector of its record."""
+    axes = np.ndim(_trees.array_of(node.holds.held)) - 1
+    index = 0
+    for name in _records.in_order(_records.dials_of(node)):
+        if name == key:
+            return index
+        shape = np.shape(_trees.array_of(_records.dials_of(node)[name]))[axes:]
+        index += int(np.prod(shape, dtype=int))
+    raise AssertionError(key)
+
+
+def _recorded(state: Any, knob: Knob) -> Any:
+    return _records.dials_of(node_at(state, knob.path))[knob.key]
+
+
+def check_dials(state: Any, knobs: Mapping[str, Knob], names: Iterable[str]) -> None:
+    """Raises unless the state has one dial of each name, in float32."""
+    held = ", ".join(knobs) or "none"
+    kind = _records.states_in(state)
+    for name in names:
+        if name not in knobs:
+            raise ValueError(
+                f"`state` must hold a dial {name!r} to be set, got one that holds "
+                f"{held} ({kind}). Take an optimizer that has it: `osc.adamw(...)`, "
+                "`osc.scale_by_learning_rate` at the end of a chain, or "
+                "`optax.inject_hyperparams(tx, hyperparam_dtype=jnp.float32)(...)`. "
+                "Or give `pass_hyperparams=True`, and a step that takes it."
+            )
+        rule = f"with one dial {name!r}, or `pass_hyperparams=True` with a step that"
+        rule += " takes it"
+        _checks.require(f"{name}_1" not in knobs, "state", rule, held)
+        node = node_at(state, knobs[name].path)
+        _checks.require(
+            knobs[name].key not in getattr(node, "hyperparams_states", {}),
+            "state",
+            f"with a {name!r} that can be set: give `optax.inject_hyperparams` a "
+            "number, or take an optimizer of this package, whose schedules give way",
+            "a schedule in `optax.inject_hyperparams`, which overwrites it",
+        )
+    check_precision(state, knobs)
+
+
+def check_precision(state: Any, knobs: Mapping[str, Knob]) -> None:
+    """Raises where ``inject_hyperparams`` rounds what it holds to the parameters'."""
+    for name, knob in knobs.items():
+        (leaf,) = jax.tree.leaves(_recorded(state, knob))
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+            raise ValueError(
+                f"`state` must hold {name!r} in float32, got {dtype}, in which rates "
+                "are coarse and a b2 of 0.999 is 1: give `optax.inject_hyperparams` "
+                "`hyperparam_dtype=jnp.float32`."
+            )
+
+
+# --- setting the rate -----------------------------------------------------------------
+
+
+def _put(values: np.ndarray, like: Any) -> list[jax.Array]:
+    """An array of each row, where another one is."""
+    if not isinstance(like, jax.Array) or not like.committed:
+        return jax.device_put(list(values))
+    if like.is_fully_addressable:
+        return jax.device_put(list(values), like.sharding)
+    return [
+        jax.make_array_from_callback(row.shape, like.sharding, row.__getitem__)
+        for row in values
+    ]
+
+
+def rate_writer(state: Any, knob: Knob, ladder: np.ndarray) -> Callable[..., Any]:
+    """``(state, rung) -> state`` at this rate, for a state where it is held.
+
+    Where the dial is, is known, and the rates are where it is: so this costs little.
+    """
+
+    def leaf_of(node: Any) -> Any:
+        return node.hyperparams[knob.key] if knob.index is None else node.holds.values
+
+    old = np.asarray(_trees.array_of(leaf_of(node_at(state, knob.path))))
+    rows = np.repeat(old[None], len(ladder), axis=0)
+    rungs = ladder.reshape(-1, *(1,) * (old.ndim - 1)).astype(old.dtype)
+    if knob.index is None:
+        rows[:] = ladder.reshape(-1, *(1,) * old.ndim)
+    else:
+        rows[..., knob.index] = rungs
+    placed: dict[Any, list[jax.Array]] = {}
+
+    def write(state: Any, rung: int) -> Any:
+        def change(node: Any) -> Any:
+            leaf = leaf_of(node)
+            (array,) = jax.tree.leaves(leaf)
+            where = getattr(array, "sharding", None), getattr(array, "committed", False)
+            if where not in placed:
+                placed[where] = _put(rows, array)
+            new = _trees.assigned(leaf, placed[where][rung])
+            if new is leaf:
+                return node
+            if knob.index is None:
+                return node._replace(hyperparams={**node.hyperparams, knob.key: new})
+            return node._replace(holds=node.holds._replace(values=new))
+
+        return replaced(state, knob.path, change)
+
+    return write
+
+
+# --- what acts ------------------------------------------------------------------------
+
+
+def check_applied(
+    state: Any, knobs: Mapping[str, Knob], wanted: Mapping[str, np.ndarray]
+) -> None:
+    """Raises unless the state says that it applied one of the wanted values of each.
+
+    ``wanted`` are (tries,) or (members, tries), the last one being due. An update that
+    was left out, as by ``optax.apply_if_finite``, has an earlier one.
+    """
+    for name, values in wanted.items():
+        if name not in knobs or f"{name}_1" in knobs:
+            continue
+        found = _trees.array_of(_recorded(state, knobs[name]))
+        found = np.asarray(found, np.float64)[..., None]
+        close = np.isclose(found, values, rtol=1e-3, atol=0).any(axis=-1)
+        if not close.all():
+            due = np.broadcast_to(values[..., -1], close.shape)[~close].ravel()[0]
+            raise ValueError(
+                f"`step_fn` must apply the {name} that it is given, here {due:.3g}, got"
+                f" {found[~close].ravel()[0]:.3g} in the state that it returned: a "
+                "schedule inside its optimizer changes it, or another value is set "
+                "there. Leave the dials to the finder: a step (state, batch), without "
+                "`pass_hyperparams`, trains at the values that are set, whatever the "
+                "schedules."
+            )
+
+
+def micro_steps(state: Any) -> list[np.ndarray]:
+    """Of each ``optax.MultiSteps``: its micro-step and its update."""
+    return [
+        np.array([_trees.array_of(node.mini_step), _trees.array_of(node.gradient_step)])
+        for _, node in _walk(state, lambda x: isinstance(x, optax.MultiStepsState))
+    ]
+
+
+def check_accumulation(
+    before: list[np.ndarray], after: list[np.ndarray], accumulation_steps: int
+) -> None:
+    """Raises unless the first rate was held for one update of ``optax.MultiSteps``."""
+    for old, new in zip(before, after, strict=True):
+        micro, update = new.reshape(2, -1) - old.reshape(2, -1)
+        good = np.all(micro == 0) and np.all(update == 1)
+        rule = "the number of micro-steps of which `optax.MultiSteps` makes an update"
+        got = f"{accumulation_steps}, after which it has made {update.max()} updates"
+        got += f" and {new[0].max()} micro-steps"
+        _checks.require(bool(good), "accumulation_steps", rule, got)
+
+
+def _trained(state: Any) -> list[Any]:
+    """The numbers of a state, but for what is recorded of the dials."""
+    nodes = jax.tree.leaves(state, is_leaf=_records.has_record)
+    if any(map(_trees.is_flax_object, nodes)):
+        nodes = _trees.all_leaves(state)
+    leaves: list[Any] = []
+    for node in nodes:
+        if _records.has_record(node):
+            leaves += _trained(getattr(node, "inner_state", ()))
+        elif is_array(node) and not jnp.issubdtype(node.dtype, jax.dtypes.extended):
+            leaves.append(node)
+    return leaves
+
+
+@jax.jit
+def _differ(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.any((a != b) & ~((a != a) & (b != b)))
+
+
+def react(one: Any, other: Any) -> bool:
+    """Whether the new states and losses of a step at two rates are not the same."""
+    pairs = list(zip(_trained(one), _trained(other), strict=True))
+    pairs.sort(key=lambda pair: np.size(pair[0]))
+    for k in range(0, len(pairs), 32):  # The first ones are small, and will do.
+        differ = [_differ(*pair) for pair in pairs[k : k + 32]]
+        if any(map(bool, differ)):
+            return True
+    return False
+
+
+def check_reacted(in_state: bool, low: float, high: float) -> None:
+    """Raises: every step came out the same at two rates."""
+    where = "in its state" if in_state else "that it is given"
+    remedy = (
+        "Update the parameters with the optimizer of that state, and return both"
+        if in_state
+        else "Make the optimizer of it, or leave the dials to the finder: a step "
+        "(state, batch), without `pass_hyperparams`"
+    )
+    raise ValueError(
+        f"`step_fn` must react to the learning rate {where}, got the same new state at "
+        f"{low:.3g} and at {high:.3g}, at every step: the rate does not reach the "
+        f"update, or all gradients are 0. {remedy}."
+    )
