@@ -69,13 +69,13 @@ def noise(losses: np.ndarray) -> float:
     return float(max(spread, least))
 
 
-def _is_numeric(leaf: Any) -> bool:
+def is_numeric(leaf: Any) -> bool:
     return is_array(leaf) or isinstance(leaf, int | float | complex)
 
 
 def check_loss(wanted: str, loss: Any) -> None:
     """Raises unless a loss is a real scalar; ``wanted`` begins the message."""
-    if not _is_numeric(loss):
+    if not is_numeric(loss):
         kind = type(loss).__name__
         raise TypeError(f"{wanted} a number, got a loss of type {kind}.")
     dtype, shape = jnp.result_type(loss), np.shape(loss)
@@ -110,7 +110,7 @@ def layout(state: Any) -> tuple[dict[str, str], Any]:
             f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-        if _is_numeric(leaf)
+        if is_numeric(leaf)
     }
     return leaves, jax.tree.structure(state)
 
@@ -141,10 +141,14 @@ def settle(loss: Any) -> None:
             jax.block_until_ready(loss)
 
 
-def means(losses: Any) -> np.ndarray:
-    """The means over the batches of a rung, (batches, ...), on the host."""
+def means(losses: list[Any]) -> np.ndarray:
+    """The means over the batches of a rung, on the host; a list has one per member."""
+    rows = [
+        list(map(float, row)) if isinstance(row, list) else np.asarray(row)
+        for row in losses
+    ]
     with np.errstate(invalid="ignore"):  # Of infinities with both signs.
-        return np.mean(np.asarray(jax.device_get(losses), np.float64), axis=0)
+        return np.mean(np.asarray(rows, np.float64), axis=0)
 
 
 def dispatch(

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from optax_superconv import _checks, _records, _trees
-from optax_superconv._numerics import is_array
+from optax_superconv.finders._runs import is_numeric
 
 RATE = "learning_rate"
 

@@ -261,21 +261,25 @@ def test_noise_is_seen_apart_from_the_trend():
 def test_every_run_sees_the_batches_from_their_beginning():
     seen = []
 
-    def step_fn(step, rate, batch):
+    def step_fn(state, rate, batch):
+        step = state[0]
         if int(step) == 0:
             seen.append([])
         seen[-1].append(int(batch))
-        return step + 1, 1.0 if step == 0 or not 0.01 < rate < 0.5 else 0.0
+        loss = 1.0 if step == 0 or not 0.01 < rate < 0.5 else 0.0
+        return (step + 1, rate), loss
 
     run(
         step_fn=step_fn,
-        state=0,
+        state=(0, np.float32(0)),
         batches=range(3),
         num_steps=5,
         num_rates=3,
         **between(1e-3, 1.0),
         rtol=0.5,
     )
+    first, *seen = seen  # The first step is tried at the highest rate, too.
+    assert first == [0]
     assert seen[0:2] == [[0], [0]]  # The ladder, in lockstep.
     assert seen[2] == [0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 1, 1, 1]
     assert len(seen) > 4
@@ -326,7 +330,7 @@ def test_a_rate_that_diverged_is_trained_no_further():
         rtol=100.0,
     )  # fmt: skip
     assert result.regimes == ("too slow", "1", "3")
-    assert next(calls) <= 100 + 100 + 3 + 16
+    assert next(calls) <= 100 + 100 + 3 + 16 + 2  # Two are tried at another rate.
 
 
 def test_one_trace_and_the_state_survives_a_step_that_donates_it():
@@ -437,7 +441,7 @@ BAD_VALUES = [
         "noise",
     ),
     (
-        replaced(1.0, 1.0, 1.0, 1.0, 1.0, 1.0),
+        replaced(1.0, 1.0, 1.0, 1.0, 1.0, 0.9999999),
         "max_learning_rate",
         "raise it",
         "no more than noise",
