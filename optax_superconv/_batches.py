@@ -40,8 +40,8 @@ def check_several(batches: Any, remedy: str = _REMEDY) -> None:
         got = f"a {type(batches).__name__} of the parts of one, of shapes {shown}"
         all_arrays = bool(batches) and all(map(is_array, batches))
         one = all_arrays if type(batches) is tuple else False
-        kinds = list(map(_kind_of, batches[:2]))
-        one = one or kinds[1:] not in ([], kinds[:1])
+        kinds: list[Any] = list(map(_kind_of, batches[:2]))
+        one = one or (len(kinds) == 2 and kinds[0] != kinds[1])
     else:
         is_node = not jax.tree_util.all_leaves([batches])
         one = is_node or is_array(batches) or isinstance(batches, str | bytes)

@@ -309,7 +309,9 @@ def _trained(state: Any) -> list[Any]:
     for node in nodes:
         if _records.has_record(node):
             leaves += _trained(getattr(node, "inner_state", ()))
-        elif is_array(node) and not jnp.issubdtype(node.dtype, jax.dtypes.extended):
+        elif is_numeric(node) and not jnp.issubdtype(
+            jnp.result_type(node), jax.dtypes.extended
+        ):
             leaves.append(node)
     return leaves
 
