@@ -295,6 +295,10 @@ def epoch(params, rate, orders, examples, head) -> tuple[Any, jax.Array]:
     return params, losses.mean()
 
 
+def between(low: float, high: float) -> dict[str, float]:
+    return {"min_learning_rate": low, "max_learning_rate": high}
+
+
 def find_threshold(budget: Budget, seed: int, **options) -> dict[str, Any]:
     problem = jax.device_put(make_problem(seed, budget))
     per_epoch = budget.num_train // BATCH_SIZE
@@ -305,6 +309,8 @@ def find_threshold(budget: Budget, seed: int, **options) -> dict[str, Any]:
         problem.start,
         jnp.reshape(order, (num_epochs, per_epoch, BATCH_SIZE)),
         num_steps=num_epochs,
+        stacked=True,
+        pass_hyperparams=True,
         **options,
     )
     names = ("threshold", "rates", "end_losses", "regimes")
@@ -447,12 +453,12 @@ def main() -> None:
     args = harness.parse_args(__doc__)
     budget, seeds = Budget(), SEEDS
     survey, num_survey, num_thresholds = SURVEY, NUM_SURVEY_SEEDS, NUM_THRESHOLD_SEEDS
-    options: dict[str, Any] = {"bounds": (1e-3, 3.2e-2), "num_rates": 7}
+    options: dict[str, Any] = {"num_rates": 7} | between(1e-3, 3.2e-2)
     options |= {"rtol": 0.05, "target_loss": TARGET_LOSS}
     if args.smoke:
         budget = Budget(64, 50, 20, 64, 8, spacing=1)
         seeds, survey, num_survey, num_thresholds = seeds[:2], (), 0, 1
-        options |= {"bounds": (1e-3, 1.0), "num_rates": 3, "target_loss": 0.1}
+        options |= {"num_rates": 3, "target_loss": 0.1} | between(1e-3, 1.0)
     results: dict[float, Any] = {}
     for rates, some in ((COMPARED, seeds), (survey, seeds[:num_survey])):
         groups = [tuple(some[k : k + GROUP]) for k in range(0, len(some), GROUP)]

@@ -84,16 +84,16 @@ def probes(task, optimizer, n, seeds) -> list[dict[str, Any]]:
         state = training.start(seed)
 
         def curve(seed, **options) -> dict[str, Any]:
-            found = osc.range_test(
-                training.step, state, training.batches(seed, n), num_steps=n, **options
-            )
+            options |= {"num_steps": n, "pass_hyperparams": True}
+            batches = training.batches(seed, n)
+            found = osc.range_test(training.step, state, batches, **options)
             names = ("learning_rates", "losses", "smoothed_losses", "diverged")
             return {name: getattr(found, name) for name in names}
 
         return {
             # Three repeats for the median, in other orders of the batches.
             "curves": [curve(seed + 100 * k) for k in range(3)],
-            "fastai": curve(seed, min_value=1e-7),
+            "fastai": curve(seed, min_learning_rate=1e-7),
             "curvature": curvature_limit(training, state, seed, optimizer),
             "threshold": threshold(training, state, seed, n),
         }
@@ -122,10 +122,16 @@ def curvature_limit(training, state, seed, optimizer) -> float:
 
 
 def threshold(training, state, seed, n) -> dict[str, Any]:
-    batches, bounds = training.batches(seed, n), (1e-4, 100.0)
+    batches = training.batches(seed, n)
     try:
         found = osc.convergence_threshold(
-            training.step, state, batches, bounds=bounds, num_steps=n
+            training.step,
+            state,
+            batches,
+            num_steps=n,
+            min_learning_rate=1e-4,
+            max_learning_rate=100.0,
+            pass_hyperparams=True,
         )
     except ValueError as error:
         return {"error": str(error), "rate": np.nan, "steps": 16 * n}

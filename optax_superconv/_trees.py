@@ -141,20 +141,20 @@ def given_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     return map_updates(lambda update, part: part, updates, params)
 
 
-def is_flax_object(leaf: Any) -> bool:
+def is_graph_object(leaf: Any) -> bool:
     """Whether this is an object of Flax NNX, which as a leaf is no pytree."""
     return any(base.__module__.startswith("flax.nnx") for base in type(leaf).__mro__)
 
 
-def is_linen_module(leaf: Any) -> bool:
+def is_fixed_module(leaf: Any) -> bool:
     """Whether this is a module of Linen, which never changes."""
-    return _is_a(leaf, "Module") and not is_flax_object(leaf)
+    return _is_a(leaf, "Module") and not is_graph_object(leaf)
 
 
 def all_leaves(tree: Any) -> list[Any]:
     """The leaves, with those of Flax NNX objects that are no pytrees."""
     leaves = jax.tree.leaves(tree)
-    if any(map(is_flax_object, leaves)):
+    if any(map(is_graph_object, leaves)):
         from flax import nnx
 
         return jax.tree.leaves(nnx.split(tree)[1])
@@ -163,7 +163,7 @@ def all_leaves(tree: Any) -> list[Any]:
 
 def copy_tree(tree: Tree, copied: Callable[[Any], Any]) -> Tree:
     """``copied(leaf)`` for each leaf; what Flax NNX objects share stays shared."""
-    if _shares_variables(tree) or any(map(is_flax_object, jax.tree.leaves(tree))):
+    if _shares_variables(tree) or any(map(is_graph_object, jax.tree.leaves(tree))):
         from flax import nnx
 
         graph, leaves = nnx.split(tree)
@@ -339,31 +339,3 @@ def check_entries(
         raise ValueError(
             f"`{name}` must each have a parameter, got {listed(idle)}, {there}."
         )
-
-
-def skeleton_of(params: optax.Params) -> Any:
-    """The containers of the parameters, with an empty tuple for each leaf."""
-
-    def bare(node: Any) -> Any:
-        return optax.MaskedNode() if is_hole(node) else ()
-
-    return jax.tree.map(bare, params, is_leaf=lambda n: is_hole(n) or is_box(n))
-
-
-def check_skeleton(updates: optax.Updates, skeleton: Any) -> None:
-    """Raises unless ``updates`` have the structure that ``init`` has seen."""
-    if skeleton is None:
-        return
-    now = skeleton_of(updates)
-    same: Any = jax.tree.structure(skeleton)
-    if jax.tree.structure(now) == same:
-        return
-
-    def names_in(tree: Any) -> dict[Names, Any]:
-        return dict(named_leaves(tree, lambda node: type(node) is tuple and not node))
-
-    before, after = names_in(skeleton), names_in(now)
-    changed = difference(before.keys() - after, after.keys() - before)
-    kind = f"containers of another kind ({type(now).__name__} at the root)"
-    rule = "the structure of the parameters at `init`"
-    raise ValueError(f"`updates` must have {rule}, got updates {changed or kind}.")

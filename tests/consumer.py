@@ -131,12 +131,11 @@ def read(state: State) -> None:
 def find() -> None:
     tx = osc.scheduled_trace(0.9)
 
+    own = optax.chain(tx, osc.scale_by_learning_rate(1.0))
+
     @jax.jit
-    def step_fn(
-        state: State, learning_rate: jax.Array, batch: Batch
-    ) -> tuple[State, jax.Array]:
-        link = osc.scale_by_learning_rate(learning_rate)
-        return update(optax.chain(tx, link), state, batch)
+    def step_fn(state: State, batch: Batch) -> tuple[State, jax.Array]:
+        return update(own, state, batch)
 
     def grid_step_fn(
         state: State, hyperparams: dict[str, jax.Array], batch: Batch
@@ -146,8 +145,7 @@ def find() -> None:
         return update(optax.chain(decay, tx, link), state, batch)
 
     params = init()
-    link = osc.scale_by_learning_rate(1.0)
-    start: State = params, optax.chain(tx, link).init(params)
+    start: State = params, own.init(params)
     result = osc.range_test(step_fn, start, batches(), num_steps=60)
     assert_type(result, osc.RangeTestResult)
     assert_type(result.diverged, bool)
@@ -155,13 +153,14 @@ def find() -> None:
     assert_type(rate, float)
     low, high = osc.suggest_interval([result, result, result])
     assert_type(low, float)
-    decayed = optax.chain(optax.add_decayed_weights(0.0), tx, link)
+    decayed = optax.chain(optax.add_decayed_weights(0.0), own)
     grid = osc.grid_test(
         grid_step_fn,
         (params, decayed.init(params)),
         batches(),
         {"decay": [0.0, 1e-2]},
         num_steps=60,
+        pass_hyperparams=True,
     )
     assert_type(grid.best, dict[str, float])
     axes = osc.plotting.plot_range_test(result)

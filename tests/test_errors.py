@@ -8,11 +8,13 @@ import pytest
 
 import optax_superconv as osc
 
-STEP = lambda state, rate, batch: (state, jnp.float32(1.0))  # noqa: E731
+STEP = lambda state, rate, batch: (rate, jnp.float32(1.0))  # noqa: E731
+ZERO = np.float32(0)
 
 
 def run(**options):
-    return osc.range_test(options.pop("step_fn", STEP), 0, [None], **options)
+    step_fn, batches = options.pop("step_fn", STEP), options.pop("batches", [None])
+    return osc.range_test(step_fn, ZERO, batches, pass_hyperparams=True, **options)
 
 
 RATES = np.geomspace(1e-6, 1, 50)
@@ -259,8 +261,13 @@ BAD_VALUES = [
         "above 0",
         "0.0",
     ),
-    (lambda: run(min_value=0.0), "min_value", "above 0", "0.0"),
-    (lambda: run(min_value=10.0), "max_value", "above `min_value` (10.0)", "10.0"),
+    (lambda: run(min_learning_rate=0.0), "min_learning_rate", "above 0", "0.0"),
+    (
+        lambda: run(min_learning_rate=10.0),
+        "max_learning_rate",
+        "above `min_learning_rate` (10.0)",
+        "10.0",
+    ),
     (lambda: run(num_steps=1), "num_steps", "at least 2", "1"),
     (lambda: run(smoothing=1.0), "smoothing", "less than 1", "1.0"),
     (lambda: run(divergence_factor=1.0), "divergence_factor", "above 1", "1.0"),
@@ -271,8 +278,13 @@ BAD_VALUES = [
         "a real scalar",
         "(3,)",
     ),
-    (lambda: run(min_value=1e-60), "min_value", "above 0", "1e-60"),
-    (lambda: run(max_value=1e39), "max_value", "finite in float32", "1e+39"),
+    (lambda: run(min_learning_rate=1e-60), "min_learning_rate", "above 0", "1e-60"),
+    (
+        lambda: run(max_learning_rate=1e39),
+        "max_learning_rate",
+        "finite in float32",
+        "1e+39",
+    ),
     (
         lambda: osc.onecycle_schedule(
             1.0, 10, init_value=0.1, end_value=0.5, annihilation_steps=3
@@ -300,10 +312,16 @@ BAD_VALUES = [
         "'kernels'",
     ),
     (
-        lambda: osc.range_test(STEP, 0, {"x": 1}),
+        lambda: run(batches={"x": 1}, stacked=True),
         "batches",
         "a pytree of arrays with one leading axis of steps",
         "leaves of shapes [()]",
+    ),
+    (
+        lambda: run(batches={"x": np.ones((3, 2))}),
+        "batches",
+        "put a single batch in a list",
+        "a single dict",
     ),
     (lambda: osc.suggest_learning_rate([]), "result", "at least one", "none"),
     (lambda: osc.suggest_learning_rate([FLAT] * 2), "result", "suggestion", "2 w"),
@@ -334,19 +352,19 @@ BAD_VALUES = [
     (
         lambda: run(step_fn=lambda s, r, b: ((s, s), jnp.float32(1.0))),
         "step_fn",
-        "a state like the one it is given, with int32[] at state",
+        "a state like the one it is given, with float32[] at state",
         "nothing",
     ),
     (
-        lambda: osc.range_test(STEP, 0, (np.ones((3, 2)), np.ones((4, 2)))),
+        lambda: run(batches=(np.ones((3, 2)), np.ones((4, 2))), stacked=True),
         "batches",
         "one leading axis of steps",
         "[(3, 2), (4, 2)]",
     ),
     (
-        lambda: osc.range_test(STEP, 0, (np.ones((3, 2)), np.ones(3))),
+        lambda: run(batches=(np.ones((3, 2)), np.ones(3))),
         "batches",
-        "a single batch goes in a list",
+        "put a single batch in a list",
         "[(3, 2), (3,)]",
     ),
     (
@@ -356,13 +374,13 @@ BAD_VALUES = [
         "nan",
     ),
     (
-        lambda: run(min_value=1.0, max_value=1.0 + 1e-12),
-        "max_value",
-        "above `min_value` (1.0) in float32",
+        lambda: run(min_learning_rate=1.0, max_learning_rate=1.0 + 1e-12),
+        "max_learning_rate",
+        "above `min_learning_rate` (1.0) in float32",
         "1.000000000001",
     ),
     (
-        lambda: osc.range_test(STEP, 0, []),
+        lambda: run(batches=[]),
         "batches",
         "at least one batch",
         "none",
@@ -613,13 +631,13 @@ BAD_TYPES = [
     (lambda: osc.scheduled_trace(None), "decay", "NoneType"),
     (lambda: osc.onecycle_adamw(0.1, 10, weight_decay="x"), "weight_decay", "str"),
     (lambda: run(step_fn=3), "step_fn", "int"),
-    (lambda: run(step_fn=lambda s, r, b: s), "step_fn", "int"),
+    (lambda: run(step_fn=lambda s, r, b: s), "step_fn", "float32"),
     (lambda: run(step_fn=lambda s, r, b: (s, {"loss": 1.0})), "step_fn", "dict"),
     (lambda: run(step_fn=lambda s, r, b: (s, None)), "step_fn", "NoneType"),
     (lambda: run(step_fn=lambda s, r, b: (s, (1.0, {}))), "step_fn", "tuple"),
     (lambda: run(smoothing=np.ones(2) / 2), "smoothing", "array"),
     (lambda: run(num_steps=10.0), "num_steps", "float"),
-    (lambda: osc.range_test(STEP, 0, 3), "batches", "int"),
+    (lambda: run(batches=3), "batches", "int"),
     (lambda: osc.suggest_learning_rate([1.0]), "result", "float"),
     (lambda: osc.suggest_learning_rate(1.0), "result", "float"),
     (lambda: osc.suggest_interval(1.0), "results", "float"),

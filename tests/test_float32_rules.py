@@ -29,9 +29,10 @@ def range_test(low, high):
         lambda w, rate, batch: (w - rate, jnp.sum(w)),
         PARAMS,
         [1.0],
-        min_value=low,
-        max_value=high,
+        min_learning_rate=low,
+        max_learning_rate=high,
         num_steps=2,
+        pass_hyperparams=True,
     )
 
 
@@ -95,7 +96,7 @@ POSITIVES = {
         0.1, 0.2, 3, mode="exp_range", gamma=x
     ),
     "average_params.weight": osc.average_params,
-    "range_test.min_value": lambda x: range_test(x, 1.0),
+    "range_test.min_learning_rate": lambda x: range_test(x, 1.0),
 }
 FINITES = {
     "phase_schedule.init_value": lambda x: osc.phase_schedule(x, [(3, 0.1)]),
@@ -128,13 +129,14 @@ FINITES = {
     "average_params.power": lambda x: osc.average_params(power=x),
     "set_hyperparams.learning_rate": lambda x: set_to("learning_rate", x),
     "grid_test.grid": lambda x: osc.grid_test(
-        lambda w, h, batch: (w, jnp.sum(w)),
+        lambda w, h, batch: (w - h["learning_rate"], jnp.sum(w)),
         PARAMS,
         [1.0],
         {"weight_decay": [0.1, x]},
         num_steps=10,
+        pass_hyperparams=True,
     ),
-    "range_test.max_value": lambda x: range_test(0.1, x),
+    "range_test.max_learning_rate": lambda x: range_test(0.1, x),
 }
 
 

@@ -42,17 +42,17 @@ def _is_immutable(leaf: Any) -> bool:
     if parameters is not None and parameters.frozen:
         names = [field.name for field in dataclasses.fields(leaf)]
         return all(_is_immutable(getattr(leaf, name)) for name in names)
-    return isinstance(leaf, _IMMUTABLE) or _trees.is_linen_module(leaf)
+    return isinstance(leaf, _IMMUTABLE) or _trees.is_fixed_module(leaf)
 
 
 def check_copied(state: Any) -> None:
     """Raises if the state holds what a training step could change behind a copy."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = isinstance(leaf, jax.Array | np.ndarray)
-        if not (array or _trees.is_flax_object(leaf) or _is_immutable(leaf)):
+        if not (array or _trees.is_graph_object(leaf) or _is_immutable(leaf)):
             raise TypeError(
-                "`state` must hold arrays, Flax NNX objects and what cannot change, so "
-                f"that yours survives, got a {type(leaf).__name__} at "
+                "`state` must hold arrays, modules and what cannot change, so that yours "
+                f"survives, got a {type(leaf).__name__} at "
                 f"state{jax.tree_util.keystr(keys)}. Keep it out of the state, or make "
                 "an array of it."
             )

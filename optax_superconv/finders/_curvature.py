@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -92,39 +91,15 @@ def _remove(basis: Vector, x: Vector) -> Vector:
     return [a - jnp.sum(part, axis=0) for a, part in zip(x, parts, strict=True)]
 
 
-@partial(jax.jit, static_argnames=("loss_fn", "constants", "treedef", "num_iterations"))
 def _lanczos(
-    arrays: list[Any],
+    loss: Callable[[Vector], jax.Array],
+    start: Vector,
     divisors: Vector,
     key: jax.Array,
-    *,
-    loss_fn: Callable[..., Any],
-    constants: tuple[tuple[type, Hashable], ...],
-    treedef: Any,
     num_iterations: int,
 ) -> SharpnessResult:
-    """Of the top eigenvalue; ``arrays`` has None where ``constants`` has a leaf."""
-    num_leaves = treedef.children()[0].num_leaves
-    where = [k for k in range(num_leaves) if _is_parameter(arrays[k])]
-    start = [widen(arrays[k]) for k in where]
+    """Of the top eigenvalue of the loss at ``start``."""
     roots = [jnp.sqrt(widen(divisor)) for divisor in divisors]
-
-    def loss(theta: Vector) -> jax.Array:
-        leaves = [
-            c[1] if a is None else a for a, c in zip(arrays, constants, strict=True)
-        ]
-        for k, leaf in zip(where, theta, strict=True):
-            leaves[k] = leaf.astype(arrays[k].dtype)
-        params, args = treedef.unflatten(leaves)
-        value = loss_fn(params, *args)
-        _checks.require(
-            _is_parameter(value) and value.shape == (),
-            "loss_fn",
-            "a function that returns one real number, an array of shape ()",
-            f"{value.dtype}{value.shape}" if is_array(value) else type(value),
-        )
-        return value
-
     gradient = jax.grad(loss)
 
     def rescale(x: Vector) -> Vector:
@@ -186,9 +161,11 @@ def sharpness(
     small network to a millionth; where eigenvalues crowd up to the top, as in random
     matrices, they leave below 1 % on average and at times 3 %; more products help.
 
-    It may be called inside ``jit`` and ``vmap``, and on sharded parameters. Outside, it
-    is compiled once per ``loss_fn``: define that function once, and give the batch
-    in ``args``. It holds ``num_iterations`` copies of the parameters, in float32.
+    It may be called inside ``jit`` and ``vmap``, and on sharded parameters. Outside,
+    each call compiles anew, with whatever ``loss_fn`` closes over at that time, and
+    keeps nothing: to log it along a run, call it in a function of your own under
+    ``jit``, with the batch as an argument. It holds ``num_iterations`` copies of the
+    parameters, in float32.
 
     Adam's steps see :math:`P^{-1/2} H P^{-1/2}`, with :math:`P` what it divides by::
 
@@ -206,7 +183,7 @@ def sharpness(
         number, an array of shape (). The larger its batch, the less noise.
       params: Any pytree. Its floating-point arrays, at least one, are the parameters.
         Other leaves, Python numbers among them, are held fixed.
-      args: Passed on to ``loss_fn``. What is not an array must be hashable.
+      args: Passed on to ``loss_fn``, as ``params`` are.
       num_iterations: Number of Hessian-vector products, at least 1.
       key: Key of the random half of the start vector. None is a fixed key.
       preconditioner: The diagonal of :math:`P`, a pytree like ``params`` of values
@@ -241,7 +218,7 @@ def sharpness(
       <https://arxiv.org/abs/2207.14484>`_, 2022 (the preconditioned Hessian).
     """
     _checks.function("loss_fn", loss_fn)
-    _checks.steps("num_iterations", num_iterations, at_least=1)
+    num_iterations = _checks.steps("num_iterations", num_iterations, at_least=1)
     found = _parameters(params)
     with_arrays = "a pytree with floating-point arrays"
     _checks.require(bool(found), "params", with_arrays, repr(params))
@@ -259,16 +236,31 @@ def sharpness(
                 least = float(jnp.min(divisor, initial=jnp.inf))
                 _checks.require(least > 0, "preconditioner", "positive", least)
     leaves, treedef = jax.tree.flatten((params, args))
-    return _lanczos(
-        [leaf if is_array(leaf) else None for leaf in leaves],
-        divisors,
-        jax.random.key(0) if key is None else key,
-        loss_fn=loss_fn,
-        # With its type: 1 and True are equal, and would share a program.
-        constants=tuple((type(x), None if is_array(x) else x) for x in leaves),
-        treedef=treedef,
-        num_iterations=int(num_iterations),
-    )
+    num_leaves = len(jax.tree.leaves(params))
+    where = [k for k in range(num_leaves) if _is_parameter(leaves[k])]
+
+    # Compiled for this call alone: what the loss closes over may change.
+    @jax.jit
+    def run(arrays: dict[int, Any], divisors: Vector, key: jax.Array) -> Any:
+        def loss(theta: Vector) -> jax.Array:
+            new = dict(enumerate(leaves)) | arrays
+            for k, leaf in zip(where, theta, strict=True):
+                new[k] = leaf.astype(arrays[k].dtype)
+            params, args = treedef.unflatten(new.values())
+            value = loss_fn(params, *args)
+            _checks.require(
+                _is_parameter(value) and value.shape == (),
+                "loss_fn",
+                "a function that returns one real number, an array of shape ()",
+                f"{value.dtype}{value.shape}" if is_array(value) else type(value),
+            )
+            return value
+
+        start = [widen(arrays[k]) for k in where]
+        return _lanczos(loss, start, divisors, key, num_iterations)
+
+    arrays = {k: leaf for k, leaf in enumerate(leaves) if is_array(leaf)}
+    return run(arrays, divisors, jax.random.key(0) if key is None else key)
 
 
 def stability_limit(

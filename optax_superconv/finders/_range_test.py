@@ -131,7 +131,8 @@ def range_test(
         NNX. It must have one ``learning_rate`` that :func:`set_hyperparams` sets: that
         of this package's optimizers, of a chain with its
         :func:`scale_by_learning_rate`, or a constant one of
-        ``optax.inject_hyperparams(tx, hyperparam_dtype=jnp.float32)``.
+        ``optax.inject_hyperparams(tx, hyperparam_dtype=jnp.float32)``. What can change
+        in it must be arrays or objects of Flax NNX.
       batches: What holds batches, as a list, a tuple or a loader, starts again at its
         end; an iterator is consumed. A single batch goes in a list.
       min_learning_rate: The lowest rate, above 0; the first step takes it exactly.
@@ -160,11 +161,10 @@ def range_test(
 
     Raises:
       ValueError: If the rate does not act: the state has no such dial, or two; the step
-        does not react to it; or a schedule or the step itself changes it. If the first
-        loss, or the first held-out loss, is not finite; if ``batches`` is a single one,
-        or an iterator that ends too early; if ``optax.MultiSteps`` makes its updates of
-        another number of batches.
-      TypeError: If the state has a leaf that could change and cannot be copied.
+        does not react to it; a schedule, or the step itself, changes it; or
+        ``optax.MultiSteps`` makes its updates of more or of fewer batches. If the first
+        loss, or the first held-out loss, is not finite. If ``batches`` is a single one,
+        or an iterator that ends too early.
 
     Examples:
       >>> import jax

@@ -64,8 +64,8 @@ def form_of(
             advice = (
                 "give `pass_hyperparams=False` for one without hyperparameters"
                 if pass_hyperparams
-                else f"`pass_hyperparams=True` for (state, {passed}, batch); a step of "
-                "Flax NNX objects goes in `lambda state, batch: (state, "
+                else f"`pass_hyperparams=True` for (state, {passed}, batch); one that "
+                "changes its objects in place goes in `lambda state, batch: (state, "
                 "train_step(*state, batch))`"
             )
             raise TypeError(
@@ -303,7 +303,7 @@ def check_accumulation(
 def _trained(state: Any) -> list[Any]:
     """The numbers of a state, but for what is recorded of the dials."""
     nodes = jax.tree.leaves(state, is_leaf=_records.has_record)
-    if any(map(_trees.is_flax_object, nodes)):
+    if any(map(_trees.is_graph_object, nodes)):
         nodes = _trees.all_leaves(state)
     leaves: list[Any] = []
     for node in nodes:

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from optax_superconv import _checks, _dials, _trees
 from optax_superconv._numerics import elements, increment, joined, scale
 from optax_superconv._trees import LabelFn, Labels
+from optax_superconv.transforms import _skeletons
 from optax_superconv.transforms._link import link
 
 # A number, an array along the leading axis of stacked layers, or a schedule of these.
@@ -139,7 +140,7 @@ def scale_by_group(
         updates: optax.Updates, state: ScaleByGroupState, params: optax.Params | None
     ) -> tuple[optax.Updates, ScaleByGroupState]:
         del params
-        _trees.check_skeleton(updates, state.skeleton)
+        _skeletons.check_skeleton(updates, state.skeleton)
         groups, count = groups_of(updates), state.count
         base, shapes = groups.factors_at(count), groups.named("multiplier")
         holds = _dials.noticed(
@@ -184,7 +185,7 @@ def grouped(
             shapes,
             [by_name[name] for name in names],
             members,
-            _trees.skeleton_of(tree),
+            _skeletons.skeleton_of(tree),
             not names and _trees.is_unknown(tree),
         )
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_superconv import _checks, _dials, _trees
+from optax_superconv import _checks, _dials
 from optax_superconv._numerics import elements, increment, scale
 from optax_superconv._trees import LabelFn, Labels
 from optax_superconv.schedules._phases import Shape, check_positive, check_shape, move
+from optax_superconv.transforms import _skeletons
 from optax_superconv.transforms._groups import (
     Groups,
     Multipliers,
@@ -164,7 +165,7 @@ def scale_by_learning_rate(
         params: optax.Params | None,
     ) -> tuple[optax.Updates, ScaleByLearningRateState]:
         del params
-        _trees.check_skeleton(updates, state.skeleton)
+        _skeletons.check_skeleton(updates, state.skeleton)
         groups = groups_of(updates)
         shapes, count, cooldown = _shapes(groups), state.count, state.ending
         elapsed = jnp.clip(count - cooldown.start_step, 0, cooldown.cooldown_steps)

@@ -19,6 +19,7 @@ import optax
 from optax_superconv import _checks, _records, _trees
 from optax_superconv._numerics import increment
 from optax_superconv._trees import LabelFn, Labels
+from optax_superconv.transforms import _skeletons
 from optax_superconv.transforms._link import (
     check_state,
     check_transformation,
@@ -173,7 +174,7 @@ def unfreezing(
             count,
             facts,
             cast(optax.PartitionState, inner_at(count, names).init(params)),
-            _trees.skeleton_of(params),
+            _skeletons.skeleton_of(params),
         )
 
     def update_fn(
@@ -184,7 +185,7 @@ def unfreezing(
     ) -> tuple[optax.Updates, GradualUnfreezingState]:
         check_state(state, GradualUnfreezingState)
         state = cast(GradualUnfreezingState, state)
-        _trees.check_skeleton(updates, state.skeleton)
+        _skeletons.check_skeleton(updates, state.skeleton)
         names, steps = look_at(updates)
         facts = facts_at(state.count, steps)
         _checks.require(

@@ -1,5 +1,7 @@
 """The top of the Hessian, and the limit it sets."""
 
+import gc
+import weakref
 from typing import NamedTuple
 
 import equinox as eqx
@@ -269,7 +271,7 @@ def test_equinox_models():
     np.testing.assert_allclose(value, expected / 4, rtol=1e-5)
 
 
-def test_repeated_calls_trace_once_and_jit_agrees():
+def test_under_jit_it_is_traced_once_and_agrees():
     traces = []
 
     def loss_fn(params, curvature):
@@ -277,14 +279,40 @@ def test_repeated_calls_trace_once_and_jit_agrees():
         return quadratic(params["w"], curvature)
 
     params, curvature = {"w": jnp.ones(6)}, jnp.arange(6.0)
-    first = osc.sharpness(loss_fn, params, curvature)
+    measure = jax.jit(lambda p, c: osc.sharpness(loss_fn, p, c))
+    first = measure(params, curvature)
     count = len(traces)
-    second = osc.sharpness(loss_fn, {"w": 2 * params["w"]}, 2 * curvature)
+    second = measure({"w": 2 * params["w"]}, 2 * curvature)
     assert len(traces) == count
     np.testing.assert_allclose([first.value, second.value], [5, 10], rtol=1e-5)
+    eager = osc.sharpness(loss_fn, params, curvature)
+    np.testing.assert_allclose(eager.value, first.value, rtol=1e-6)
 
-    inner = jax.jit(lambda p, c: osc.sharpness(loss_fn, p, c))(params, curvature)
-    np.testing.assert_allclose(inner.value, first.value, rtol=1e-6)
+
+class _Problem:
+    """Its methods are equal by value, whatever it holds."""
+
+    curvature = 1.0
+
+    def loss(self, w):
+        return 0.5 * jnp.sum(self.curvature * w**2)
+
+
+def test_what_a_loss_closes_over_may_change():
+    problem = _Problem()
+    values = []
+    for problem.curvature in (1.0, 3.0):
+        values.append(osc.sharpness(problem.loss, jnp.ones(2), num_iterations=2).value)
+    np.testing.assert_allclose(values, [1.0, 3.0], rtol=1e-5)
+
+
+def test_a_loss_does_not_outlive_its_call():
+    problem = _Problem()
+    reference = weakref.ref(problem)
+    osc.sharpness(problem.loss, jnp.ones(2), num_iterations=2)
+    del problem
+    gc.collect()
+    assert reference() is None
 
 
 def test_vmap_over_parameters():

@@ -58,12 +58,16 @@ def range_result():
     rates = np.geomspace(1e-4, 10, 40).astype(np.float32)
     losses = np.where(rates < 1, 1 - 0.5 * np.sqrt(rates), rates**2)
     return osc.range_test(
-        lambda state, rate, batch: (state + 1, jnp.asarray(losses)[state]),
-        jnp.int32(0),
+        lambda state, rate, batch: (
+            (state[0] + 1, rate),
+            jnp.asarray(losses)[state[0]],
+        ),
+        (jnp.int32(0), jnp.float32(0)),
         [0.0],
-        min_value=1e-4,
-        max_value=10.0,
+        min_learning_rate=1e-4,
+        max_learning_rate=10.0,
         num_steps=40,
+        pass_hyperparams=True,
     )
 
 
@@ -113,10 +117,11 @@ VALUES = {
     "pairs": [(("mean", "var"),), (), [("a", "b")]],
     "batches": [BATCHES, tuple(BATCHES), iter(BATCHES), []],
     "grid": [{"learning_rate": [0.1, 0.2], "a": [1.0]}, {"learning_rate": [0.1]}, {}],
-    "bounds": [(1e-3, 10.0), (0.1, 0.01)], "target_loss": [None, 0.1, 5.0],
+    "target_loss": [None, 0.1, 5.0],
     "num_rates": [4, 6], "rtol": [0.1, 0.5], "num_steps": [2, 10, 12],
     "progress": [False], "devices": [None], "eval_fn": [None],
-    "min_value": [1e-4, 1e-2], "max_value": [1.0, 10.0],
+    "min_learning_rate": [1e-4, 1e-2], "max_learning_rate": [1.0, 10.0],
+    "pass_hyperparams": [True], "accumulation_steps": [1, 2], "stacked": [False],
     "divergence_factor": [1.5, 4.0], "level": [0.5, 0.9],
     "mode": ["range", "constant", "triangular", "triangular2", "exp_range"],
     "optimizer": ["adam", "sgd", "gd", "nesterov", "heavy_ball"],
