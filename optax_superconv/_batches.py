@@ -40,8 +40,8 @@ def check_several(batches: Any, remedy: str = _REMEDY) -> None:
         got = f"a {type(batches).__name__} of the parts of one, of shapes {shown}"
         all_arrays = bool(batches) and all(map(is_array, batches))
         one = all_arrays if type(batches) is tuple else False
-        kinds: list[Any] = list(map(_kind_of, batches[:2]))
-        one = one or (len(kinds) == 2 and kinds[0] != kinds[1])
+        some = [_kind_of(batch) for batch in batches[:2]]
+        one = one or any(kind != some[0] for kind in some)
     else:
         is_node = not jax.tree_util.all_leaves([batches])
         one = is_node or is_array(batches) or isinstance(batches, str | bytes)

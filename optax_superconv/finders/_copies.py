@@ -51,8 +51,8 @@ def check_copied(state: Any) -> None:
         array = isinstance(leaf, jax.Array | np.ndarray)
         if not (array or _trees.is_graph_object(leaf) or _is_immutable(leaf)):
             raise TypeError(
-                "`state` must hold arrays, modules and what cannot change, so that yours "
-                f"survives, got a {type(leaf).__name__} at "
+                "`state` must hold arrays, modules and what cannot change, so that "
+                f"yours survives, got a {type(leaf).__name__} at "
                 f"state{jax.tree_util.keystr(keys)}. Keep it out of the state, or make "
                 "an array of it."
             )

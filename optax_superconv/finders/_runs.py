@@ -61,11 +61,10 @@ def noise(losses: np.ndarray) -> float:
         return 0.0
     # A median of differences sees the noise and neither a fall nor an explosion.
     spread = 1.4826 * np.median(np.abs(steps - np.median(steps))) / np.sqrt(2)
-    # It is 0 where few batches take turns, or rounding leaves few values. Second
-    # differences of which the highest fifth is left out are not; at half of what they
-    # say of normal noise they are that alone.
+    # It is 0 where two batches take turns, or rounding leaves few values; second
+    # differences, of which the highest fifth is left out, are not.
     bends = np.sort(np.abs(np.diff(steps)))[: max(1, round(0.8 * (steps.size - 1)))]
-    least = 0.5 * np.sqrt(np.mean(bends**2)) / (0.662 * np.sqrt(6))
+    least = np.sqrt(np.mean(bends**2)) / (0.662 * np.sqrt(6))  # As of normal noise.
     return float(max(spread, least))
 
 

@@ -98,26 +98,29 @@ def smooth_curve(result: RangeTestResult, *, bandwidth: float | None = None) -> 
     determinant = s0 * s2 - s1**2
     to_values = kernel * (s2 - s1 * distance) / determinant
     to_slopes = kernel * (s0 * distance - s1) / determinant
+    values = to_values @ capped
+    # Few losses that lie apart are no noise between neighbours, and may look a fall.
+    spread = max(noise, float(np.std(capped - values)))
     return _Curve(
         log_rates,
-        to_values @ capped,
+        values,
         to_slopes @ capped,
-        noise * np.sqrt((to_values**2).sum(axis=1)),
+        spread * np.sqrt((to_values**2).sum(axis=1)),
         losses,
         start,
         noise,
     )
 
 
-def _why(result: RangeTestResult, curve: _Curve) -> str:
+def _why(result: RangeTestResult, curve: _Curve, doubt: float) -> str:
     """What a curve without a fall is, and what to do."""
-    climb = _climb(curve.losses, curve.start, curve.noise, 0)
-    if climb is None and not result.diverged:
+    rises = np.flatnonzero(curve.values > curve.values[0] + doubt)
+    if not rises.size and not result.diverged:
         return (
             "one that is flat up to the highest rate: run the range test with a higher "
             "`max_learning_rate`"
         )
-    if climb is not None and climb <= max(3, len(curve.losses) // 10):
+    if rises.size and rises[0] <= max(3, len(curve.losses) // 10):
         return (
             "one that rises from the start: run the range test with a lower "
             "`min_learning_rate`"
@@ -158,9 +161,8 @@ def _suggest(result: RangeTestResult, method: Method) -> float:
     doubt = 5 * np.hypot(curve.errors[highest], curve.errors[lowest])
     doubt = max(doubt, 1e-6 * np.abs(values).max())
     if not fall > doubt:
-        raise ValueError(
-            f"`result` must be a curve with a fall in it, got {_why(result, curve)}."
-        )
+        why = _why(result, curve, doubt)
+        raise ValueError(f"`result` must be a curve with a fall in it, got {why}.")
     if method == "minimum":
         return float(10 ** log_rates[lowest] / 10)
     falling = slice(highest, lowest + 1)
