@@ -163,12 +163,12 @@ def test_a_grid_sets_every_dial(vectorize, mode):
         grid |= {"learning_rate": [0.01, 0.1]}
     tx = osc.onecycle_adamw(0.1, 30)
     options |= {"mode": mode, "vectorize": vectorize}
-    own = osc.grid_test(step_of(tx), start(tx), BATCHES, grid, **options)
+    own = osc.grid_test(jax.jit(step_of(tx)), start(tx), BATCHES, grid, **options)
     make_tx = lambda learning_rate, weight_decay, b1: osc.adamw(  # noqa: E731
         learning_rate, b1, weight_decay=weight_decay
     )
     passed = osc.grid_test(
-        passed_step_of(make_tx),
+        jax.jit(passed_step_of(make_tx)),
         start(osc.adamw(0.1)),
         BATCHES,
         grid,
@@ -765,7 +765,13 @@ def test_a_grid_and_a_threshold_accumulate_too(vectorize):
     grid = {"weight_decay": [0.0, 0.5]}
     ours, expected = (
         osc.grid_test(
-            step_of(tx), start(tx), batches, grid, vectorize=vectorize, **SHORT, **more
+            jax.jit(step_of(tx)),
+            start(tx),
+            batches,
+            grid,
+            vectorize=vectorize,
+            **SHORT,
+            **more,
         )
         for tx, batches, more in (
             (micro, twice, {"accumulation_steps": 2}),

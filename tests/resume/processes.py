@@ -1,12 +1,14 @@
-"""The runs of ``runs.py`` on a mesh: ``processes.py INDEX COUNT PORT FILE``.
+"""``runs.py`` and ``finds.py`` on a mesh: ``processes.py INDEX COUNT PORT FILE``.
 
 The arrays of the parameters are cut along their first axis, over all processes.
 """
 
+import functools
 import pathlib
 import pickle
 import sys
 
+import finds
 import jax
 import numpy as np
 import runs
@@ -52,6 +54,7 @@ def main(index, count, port, path):
             if name.endswith("_params"):
                 found.append(osc.eval_params(end, after))
             ends[name, number] = multihost_utils.process_allgather(found, tiled=True)
+    ends |= finds.finds(functools.partial(spread, mesh=mesh))
     if index == 0:
         pathlib.Path(path).write_bytes(pickle.dumps(ends))
 

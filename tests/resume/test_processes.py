@@ -1,5 +1,6 @@
-"""Two processes compute what one does: updates, averages, what is read and set."""
+"""Two processes compute what one does: updates, averages, dials, finders."""
 
+import functools
 import pathlib
 import pickle
 import socket
@@ -7,6 +8,9 @@ import subprocess
 import sys
 
 import chex
+import finds
+import jax
+import processes
 import pytest
 
 HERE = pathlib.Path(__file__).parent
@@ -37,3 +41,10 @@ def test_two_processes_equal_one(tmp_path):
     assert one.keys() == two.keys()
     for key, wanted in one.items():
         chex.assert_trees_all_close(two[key], wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_finders_on_eight_devices_equal_one():
+    mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
+    spread = finds.finds(functools.partial(processes.spread, mesh=mesh))
+    chex.assert_trees_all_close(spread, finds.finds(lambda tree: tree), rtol=1e-5)
