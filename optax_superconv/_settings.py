@@ -20,7 +20,8 @@ from optax_superconv import _checks, _dials, _records, _trees
 from optax_superconv._numerics import joined, split
 from optax_superconv._records import Place
 
-_RULES = {
+# Of dials, by the first part of their names.
+RULES = {
     **dict.fromkeys(("momentum", "b1", "b2"), _checks.DECAY),
     **dict.fromkeys(("weight_decay", "eps", "multiplier"), _checks.NON_NEGATIVE),
 }
@@ -64,6 +65,11 @@ def changed(
     return new_state if rebuilt else opt_state
 
 
+def rule_of(name: str) -> _checks.Rule:
+    """What the values of a dial must be."""
+    return RULES.get(name.partition("/")[0], _checks.FINITE)
+
+
 def _form(state: Any, key: str) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of a value in a record."""
     if isinstance(state, _records.INJECTED):
@@ -77,7 +83,7 @@ def _checked_value(
     name: str, value: Any, key: str, shape: tuple[int, ...], dtype: Any
 ) -> jax.Array:
     """The value as it will be applied, in the shape of the record."""
-    rule = _RULES.get(key.partition("/")[0], _checks.FINITE)
+    rule = rule_of(key)
     if _checks.number(name, value, rule) is not None:
         # Once more as it is applied: what is below 1 may be 1 in float32.
         with np.errstate(over="ignore"):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from optax_superconv import _batches, _checks
+from optax_superconv import _batches, _checks, _settings
 from optax_superconv._trees import check_unshared
 from optax_superconv.finders import _members, _runs, _steps
 from optax_superconv.finders._range_test import RangeTestResult, read_curve
@@ -329,6 +329,9 @@ def grid_test(
             raise TypeError(f"`devices` must be {rule}, got {devices!r}.")
     _checks.require(len(places) > 0, "devices", "at least one device", "none")
     axes = _axes(grid)
+    if form.in_state:
+        for name, axis in axes.items():
+            _checks.number(f"grid[{name!r}]", axis, _settings.rule_of(name))
     ladder = None
     if mode == "range":
         ladder = _runs.geometric_ladder(min_learning_rate, max_learning_rate, num_steps)

@@ -144,7 +144,9 @@ def one_by_one(
         if form.in_state:
             state = _settings.set_hyperparams(state, {RATE: rate})
         there = given | {RATE: jax.device_put(rate, places[k])}
-        return form.step(state, there, batch)
+        result = form.step(state, there, batch)
+        _runs.settle(result)
+        return result
 
     def advance(rung: int, batches: list[Any], alive: np.ndarray) -> list[list[Any]]:
         put = {place: [_put(batch, place) for batch in batches] for place in rates}
@@ -163,7 +165,7 @@ def one_by_one(
                 if rung == j == k == 0:
                     _runs.check_step(before, result)
                 states[k], losses[j][k] = result
-                _runs.settle(losses[j][k])
+                _runs.settle(result)
                 if probe is not None:
                     watch.look(result, probe)
             if rung == 0 and np.isfinite(_runs.means(losses)[k]):
@@ -243,9 +245,10 @@ def together(
         for batch in batches:
             put = _put(batch, each)
             probe = elsewhere(rung, put) if watch.looks else None
+            _runs.settle(probe)
             states, loss = result = advance_fn(states, hyperparams, rate, put)
             losses.append(loss)
-            _runs.settle(loss)
+            _runs.settle(result)
             if probe is not None:
                 watch.look(result, probe)
         if rung == 0 and np.isfinite(_runs.means(losses)).all():

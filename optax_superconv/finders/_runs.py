@@ -128,12 +128,13 @@ def check_step(before: tuple[dict[str, str], Any], result: Any) -> None:
     _checks.require(same, "step_fn", f"{rule}, of structure {before[1]}", structure)
 
 
-def settle(loss: Any) -> None:
-    """Waits for a step on several CPU devices.
+def settle(result: Any) -> None:
+    """Waits for a step whose loss is on several CPU devices.
 
     They share the cores, and the parts of steps that are on their way together may wait
     for one another until XLA gives up.
     """
+    loss = result[1] if isinstance(result, tuple) and len(result) == 2 else result
     if isinstance(loss, jax.Array) and not isinstance(loss, jax.core.Tracer):
         devices = loss.sharding.device_set
         if len(devices) > 1 and next(iter(devices)).platform == "cpu":

@@ -638,6 +638,19 @@ def test_a_step_of_other_arguments_is_told_what_to_write(step_fn):
         osc.range_test(step_fn, start(osc.sgd(0.1)), BATCHES)
 
 
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"), [("b2", 1.5), ("b1", 1.0), ("weight_decay", -0.1)]
+)
+def test_a_dial_out_of_range_is_named(name, value, vectorize):
+    tx = osc.adamw(0.1)
+    message = rf"^`grid\['{name}'\]` must be .*at least 0"
+    with pytest.raises(ValueError, match=message):
+        osc.grid_test(
+            step_of(tx), start(tx), BATCHES, {name: [0.5, value]}, vectorize=vectorize
+        )
+
+
 def test_values_of_a_grid_that_change_nothing_are_warned_of():
     tx = optax.chain(osc.sgd(0.1, momentum=0.0), osc.scheduled_trace(0.0))
     tx = osc.sgd(0.1, weight_decay=lambda step: 0.0, mask=False)
