@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_superconv import _checks
@@ -26,44 +27,47 @@ def draw(batches: Any, stacked: bool) -> Iterator[Any]:
     _checks.flag("stacked", stacked)
     if stacked:
         return _slices(batches, num_stacked(batches))
-    check_several(batches)
-    return batches if isinstance(batches, Iterator) else _repeats(batches)
-
-
-def check_several(batches: Any, remedy: str = _REMEDY) -> None:
-    """Raises for a single batch, and for what cannot be iterated."""
-    if isinstance(batches, Iterator):
-        return
-    got = f"a single {type(batches).__name__}"
-    if type(batches) in (list, tuple):
-        shown = [jax.tree.map(np.shape, batch) for batch in batches[:2]]
-        got = f"a {type(batches).__name__} of the parts of one, of shapes {shown}"
-        all_arrays = bool(batches) and all(map(is_array, batches))
-        one = all_arrays if type(batches) is tuple else False
-        some = [_kind_of(batch) for batch in batches[:2]]
-        one = one or any(kind != some[0] for kind in some)
-    else:
-        is_node = not jax.tree_util.all_leaves([batches])
-        one = is_node or is_array(batches) or isinstance(batches, str | bytes)
-    _checks.require(not one, "batches", f"several ({remedy})", got)
+    got = single(batches)
+    _checks.require(not got, "batches", f"several ({_REMEDY})", got)
     if not isinstance(batches, Iterable):
         raise TypeError(
             "`batches` must be a sequence, a loader that can be iterated again, or an "
-            f"iterator ({remedy}), got a {type(batches).__name__}."
+            f"iterator ({_REMEDY}), got a {type(batches).__name__}."
         )
+    return batches if isinstance(batches, Iterator) else _repeats(batches)
+
+
+def single(batches: Any) -> str:
+    """For a message: what these are if they are a single batch; empty otherwise."""
+    kind = type(batches)
+    if kind in (list, tuple):
+        some = [_kind_of(batch) for batch in batches[:2]]
+        parts = kind is tuple and bool(batches) and all(map(is_array, batches))
+        shapes = [jax.tree.map(np.shape, batch) for batch in batches[:2]]
+        got = f"a single {kind.__name__} of parts of shapes {shapes}"
+        return got if parts or any(x != some[0] for x in some) else ""
+    is_node = not jax.tree_util.all_leaves([batches])
+    one = is_node or is_array(batches) or isinstance(batches, str | bytes)
+    name = "array" if is_array(batches) else kind.__name__
+    return "" if isinstance(batches, Iterator) or not one else f"a single {name}"
 
 
 def _kind_of(batch: Any) -> Any:
-    """What batches have in common: structure, and dtype and rank of each leaf."""
+    """What batches have in common: structure, and of each leaf rank and kind."""
     leaves, treedef = jax.tree.flatten(batch)
-    kinds = [(x.dtype, np.ndim(x)) if is_array(x) else None for x in leaves]
+    kinds = [
+        (np.ndim(x), jnp.issubdtype(x.dtype, jnp.inexact)) if is_array(x) else None
+        for x in leaves
+    ]
     return [treedef, *kinds]
 
 
 def num_stacked(batches: Any) -> int:
     """How many batches a stacked pytree holds; its leaves must agree."""
     leaves = jax.tree.leaves(batches)
-    shapes = [np.shape(leaf) if is_array(leaf) else () for leaf in leaves]
+    shapes: list[tuple[int, ...]] = [
+        np.shape(leaf) if is_array(leaf) else () for leaf in leaves
+    ]
     lengths = {shape[:1] for shape in shapes}
     _checks.require(
         len(lengths) == 1 and lengths != {()} and lengths != {(0,)},

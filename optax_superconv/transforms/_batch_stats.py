@@ -306,7 +306,13 @@ def recalibrate_batch_stats(
 
     near, far = ([jnp.full_like(x, end) for x in old] for end in (0, _FAR))
     total, rests, seen, finite = near, [], 0, []
-    _batches.check_several(batches, "a single batch goes in a list")
+    one = _batches.single(batches)
+    if one or not isinstance(batches, Iterable):
+        one = one or f"a single {type(batches).__name__}"
+        raise TypeError(
+            "`batches` must be a sequence, an iterable or an iterator of batches (a "
+            f"single batch goes in a list), got {one}."
+        )
     for batch in batches:
         num_examples = _num_examples(batch)
         if seen:
