@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_superconv import _trees
+from optax_superconv.finders._runs import is_numeric
 
 State = TypeVar("State")
 
@@ -55,6 +56,17 @@ def check_copied(state: Any) -> None:
                 f"yours survives, got a {type(leaf).__name__} at "
                 f"state{jax.tree_util.keystr(keys)}. Keep it out of the state, or make "
                 "an array of it."
+            )
+
+
+def check_arrays(state: Any) -> None:
+    """Raises if the state holds what cannot have an axis of members."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if not is_numeric(leaf):
+            raise TypeError(
+                "`state` must hold nothing but arrays and numbers with "
+                f"`vectorize=True`, got a {type(leaf).__name__} at "
+                f"state{jax.tree_util.keystr(keys)}."
             )
 
 

@@ -192,6 +192,7 @@ def together(
     devices: Sequence[Any] = (None,),
 ) -> Members:
     """The steps of all members at once, under ``vmap``; as :func:`one_by_one`."""
+    _copies.check_arrays(state)
     watch = _Watch(form, state, values, ladder)
     num_members = len(next(iter(values.values())))
     padding = -num_members % len(devices)

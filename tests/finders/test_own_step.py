@@ -677,6 +677,16 @@ def test_what_may_change_is_refused_by_its_path(leaf, path):
         osc.range_test(lambda s, b: (s, 1.0), state, BATCHES)
 
 
+@pytest.mark.parametrize("leaf", ["text", loss_fn, _Opaque(nnx.Rngs(0))])
+def test_what_is_no_array_is_refused_under_vmap(leaf):
+    tx = osc.sgd(0.1)
+    grid = {"momentum": [0.5, 0.9]}
+    with pytest.raises(TypeError, match=r"vectorize=True.* at state\[2\]\['x'\]"):
+        osc.grid_test(
+            step_of(tx), (*start(tx), {"x": leaf}), BATCHES, grid, vectorize=True
+        )
+
+
 def test_what_cannot_change_passes():
     tx = osc.sgd(0.1)
     more = {
