@@ -187,7 +187,8 @@ def plot_grid(
       >>> step_fn = lambda w, h, x: (w, (h["decay"] - 0.1) ** 2 + h["momentum"])
       >>> result = osc.grid_test(
       ...     step_fn, jnp.zeros(()), [None], mode="constant", num_steps=5,
-      ...     grid={"decay": [0.0, 0.1, 0.2], "momentum": [0.5, 0.9]})
+      ...     grid={"decay": [0.0, 0.1, 0.2], "momentum": [0.5, 0.9]},
+      ...     pass_hyperparams=True)
       >>> ax = osc.plotting.plot_grid(result)
       >>> print(ax.get_ylabel(), "|", ax.get_xlabel())
       decay | momentum
@@ -310,7 +311,8 @@ def plot_threshold(result: ThresholdResult, ax: Axes | None = None) -> Axes:
       >>> import jax.numpy as jnp
       >>> import optax_superconv as osc
       >>> step_fn = lambda w, rate, batch: (w - 2 * rate * w, w @ w)
-      >>> result = osc.convergence_threshold(step_fn, jnp.ones(2), [None], num_steps=50)
+      >>> result = osc.convergence_threshold(
+      ...     step_fn, jnp.ones(2), [None], num_steps=50, pass_hyperparams=True)
       >>> print(osc.plotting.plot_threshold(result).get_xlabel())
       learning rate
     """

@@ -117,14 +117,20 @@ def test_says_which_extra_is_missing(plot, monkeypatch):
         plot()
 
 
+def step_fn(state, rate, batch):
+    return state + float(rate), 1.0
+
+
 def test_progress_says_which_extra_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(ImportError, match=r"optax-superconv\[progress\]"):
-        osc.range_test(lambda s, r, b: (s, 1.0), 0, [None], progress=True)
+        osc.range_test(step_fn, 0.0, [None], pass_hyperparams=True, progress=True)
 
 
 def test_progress_counts_the_steps(capsys):
-    osc.range_test(lambda s, r, b: (s, 1.0), 0, [None], num_steps=20, progress=True)
+    osc.range_test(
+        step_fn, 0.0, [None], num_steps=20, pass_hyperparams=True, progress=True
+    )
     assert "100%" in capsys.readouterr().out
 
 
@@ -134,13 +140,22 @@ def test_progress_counts_the_steps(capsys):
 def grid_result(mode="range", num_steps=30, **axes):
     """Losses that fall by the sum of the hyperparameters; those below 0 diverge."""
 
-    def step_fn(step, hyperparams, batch):
-        values = [float(v) for k, v in hyperparams.items() if k != "learning_rate"]
-        bad = min(values) < 0 and step > 3
-        return step + 1, np.nan if bad else 9.0 - sum(values) * min(step / 10, 1)
+    def step_fn(state, hyperparams, batch):
+        step, rate = state
+        values = {"learning_rate": rate} | hyperparams
+        rate = values.pop("learning_rate")  # The state shows that it acts.
+        bad = min(values.values()) < 0 and step > 3
+        loss = np.nan if bad else 9.0 - float(sum(values.values())) * min(step / 10, 1)
+        return (step + 1, rate), loss
 
     return osc.grid_test(
-        step_fn, 0, [None], grid=axes, mode=mode, num_steps=num_steps, vectorize=False
+        step_fn,
+        (0, np.float32(0.0)),
+        [None],
+        grid=axes,
+        mode=mode,
+        num_steps=num_steps,
+        pass_hyperparams=True,
     )
 
 
@@ -219,6 +234,7 @@ def threshold_result():
         [None],
         num_steps=40,
         num_rates=8,
+        pass_hyperparams=True,
     )
 
 
