@@ -61,33 +61,109 @@ def test_each_schedule_of_a_mapping_has_its_own_axis():
         assert box.x1 <= 1.001
 
 
-def test_marks_the_suggestion_and_keeps_an_explosion_out_of_view():
-    x = np.linspace(-6, 1, 100)
-    losses = np.where(x > 0, 1e9, 2 - 1 / (1 + np.exp(-3 * (x + 3))))
-    result = make_result(losses)
-    ax = osc.plotting.plot_range_test(result, method="steepest")
-    assert ax.get_ylim()[1] < 3
-    marks = [
-        line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2
-    ]
-    assert marks == [osc.suggest_learning_rate(result, method="steepest")]
+def noisy(seed=0, shift=0.0, noise=0.05):
+    """Losses that fall from 2 to 1 at a rate of 1e-3, and explode above 1."""
+    x, rng = np.linspace(-6, 1, 100), np.random.default_rng(seed)
+    losses = 2 + shift - 1 / (1 + np.exp(-3 * (x + 3))) + noise * rng.normal(size=100)
+    return make_result(np.where(x > 0, 1e9, losses))
+
+
+AT_ONCE = make_result(np.array([2.0, 3.0, 1e7, np.inf]))
+
+
+def lines_of(ax, style):
+    """The data of the lines of a style, by what a legend would say."""
+    found = [line for line in ax.get_lines() if line.get_linestyle() == style]
+    return [line.get_xydata() for line in found]
+
+
+def dots_of(ax):
+    (dots,) = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    return dots.get_xydata()
+
+
+def legend_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("method", ["knee", "valley"])
+def test_the_suggestion_lies_on_the_smoothing_it_is_read_from(method):
+    result = noisy()
+    ax = osc.plotting.plot_range_test(result, method=method)
+    raw, smooth = lines_of(ax, "-")
+    (mark,) = lines_of(ax, "--")
+    rate = osc.suggest_learning_rate(result, method=method)
+    np.testing.assert_array_equal(mark[:, 0], rate)
+    np.testing.assert_array_equal(raw[:, 1], result.losses)
+    ((at, height),) = dots_of(ax)
+    assert at == rate
+    assert height == pytest.approx(np.interp(rate, *smooth.T), rel=0.01)
+    # Nine tenths, or half, of the fall of what is drawn is done there.
+    bottom = smooth[:, 1].argmin()
+    top = smooth[:bottom, 1].max()
+    done = (top - height) / (top - smooth[bottom, 1])
+    assert done == pytest.approx({"knee": 0.9, "valley": 0.5}[method], abs=0.01)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.5, 1000.0])
+def test_the_fall_fills_the_axes_whatever_explodes(shift):
+    low, high = osc.plotting.plot_range_test(noisy(shift=shift)).get_ylim()
+    assert low < 1 + shift
+    assert 2 + shift < high
+    assert high - low < 1.6
 
 
 def test_draws_repeats_with_their_median_and_interval():
-    x, rng = np.linspace(-6, 1, 100), np.random.default_rng(0)
-    smooth = 2 - 1 / (1 + np.exp(-3 * (x + 3)))
-    results = [make_result(smooth + 0.1 * rng.normal(size=100)) for _ in range(3)]
+    results = [noisy(seed) for seed in range(3)]
     ax = osc.plotting.plot_range_test(results)
-    (median,) = [
-        line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2
-    ]
+    ((median, _), _) = lines_of(ax, "--")[0]
     assert median == osc.suggest_learning_rate(results)
     (band,) = ax.patches
     low, high = osc.suggest_interval(results)
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((low, high))
-    drawn = [line.get_ydata() for line in ax.get_lines()]
-    for result in results:
-        assert any(np.array_equal(result.losses, line) for line in drawn)
+    each = [osc.suggest_learning_rate(result) for result in results]
+    np.testing.assert_array_equal(dots_of(ax)[:, 0], each)
+    drawn = lines_of(ax, "-")
+    for result, line in zip(results, drawn[:3], strict=True):
+        np.testing.assert_array_equal(line[:, 1], result.losses)
+    assert len(drawn) == 6
+
+
+def test_repeats_are_grey_and_their_reading_is_not():
+    ax = osc.plotting.plot_range_test([noisy(seed) for seed in range(3)])
+    colors = {"-": set(), "--": set()}
+    for line in ax.get_lines():
+        if line.get_linestyle() in colors:
+            color = matplotlib.colors.to_rgb(line.get_color())
+            colors[line.get_linestyle()].add(color)
+    assert all(len({*color}) == 1 for color in colors["-"])
+    assert len(colors["-"]) == 2
+    assert all(len({*color}) == 3 for color in colors["--"])
+
+
+def test_a_repeat_that_diverges_at_once_is_counted_and_left_out(recwarn):
+    results = [noisy(seed) for seed in range(4)]
+    ax = osc.plotting.plot_range_test([AT_ONCE, *results])
+    rate = osc.suggest_learning_rate(results)
+    assert f"knee: {rate:.2g} (4 of 5)" in legend_of(ax)
+    assert "smoothed" in legend_of(ax)
+    alone = osc.plotting.plot_range_test(results)
+    assert ax.get_ylim() == alone.get_ylim()
+    assert not recwarn
+
+
+def test_shows_the_first_losses_of_what_diverges_at_once():
+    ax = osc.plotting.plot_range_test(AT_ONCE)
+    low, high = ax.get_ylim()
+    assert 0 < low < 2
+    assert 3 < high < 10
+    assert legend_of(ax) == ["loss", "knee: none"]
+
+
+def test_the_noise_of_a_flat_curve_does_not_fill_the_axes():
+    losses = 2 + 0.001 * np.random.default_rng(0).normal(size=100)
+    low, high = osc.plotting.plot_range_test(make_result(losses)).get_ylim()
+    assert (low, high) == pytest.approx((1.9, 2.1), abs=0.02)
 
 
 def test_draws_the_held_out_losses_that_are_read():
@@ -96,7 +172,7 @@ def test_draws_the_held_out_losses_that_are_read():
     result = dataclasses.replace(make_result(losses), eval_losses=losses + 10)
     ax = osc.plotting.plot_range_test(result)
     assert ax.get_ylabel() == "held-out loss"
-    assert all(np.min(line.get_ydata()) > 10 for line in ax.get_lines()[:2])
+    assert all(np.min(line[:, 1]) > 10 for line in lines_of(ax, "-"))
 
 
 @pytest.mark.parametrize("losses", [np.full(100, 2.0), np.array([1.0, np.nan])])

@@ -9,7 +9,7 @@ import numpy as np
 from optax_superconv import _checks
 from optax_superconv.finders._grid_test import GridTestResult, combination_at, named
 from optax_superconv.finders._suggestions import smooth_curve
-from optax_superconv.plotting._axes import check_kind, new_axes, zoom
+from optax_superconv.plotting._axes import check_kind, new_axes, without_outliers, zoom
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,7 +128,7 @@ def _draw_map(
     values = np.fmin.reduce(scores, axis=tuple(rest)) if rest else scores
     finite = values[np.isfinite(values)]
     # An exploded score leaves the others their colours.
-    top = min(finite.max(), 3 * np.median(finite) - 2 * finite.min())
+    top = without_outliers(finite)
     image = ax.imshow(values, aspect="auto", origin="lower", cmap="viridis_r", vmax=top)
     ax.set(facecolor="0.85", ylabel=row, xlabel=column)
     star = []
