@@ -69,6 +69,7 @@ def noisy(seed=0, shift=0.0, noise=0.05):
 
 
 AT_ONCE = make_result(np.array([2.0, 3.0, 1e7, np.inf]))
+FROM_THE_START = make_result(2 + np.exp(np.arange(40.0)))
 
 
 def lines_of(ax, style):
@@ -141,9 +142,10 @@ def test_repeats_are_grey_and_their_reading_is_not():
     assert all(len({*color}) == 3 for color in colors["--"])
 
 
-def test_a_repeat_that_diverges_at_once_is_counted_and_left_out(recwarn):
+@pytest.mark.parametrize("bad", [AT_ONCE, FROM_THE_START])
+def test_a_repeat_that_diverges_at_once_is_counted_and_left_out(bad, recwarn):
     results = [noisy(seed) for seed in range(4)]
-    ax = osc.plotting.plot_range_test([AT_ONCE, *results])
+    ax = osc.plotting.plot_range_test([bad, *results])
     rate = osc.suggest_learning_rate(results)
     assert f"knee: {rate:.2g} (4 of 5)" in legend_of(ax)
     assert "smoothed" in legend_of(ax)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -61,8 +61,8 @@ def plot_range_test(
     shown = "held-out loss" if held_out else "loss"
     ax.set(xscale="log", xlabel="learning rate", ylabel=shown)
     one = len(results) == 1
-    raw = {"color": "0.75"} if one else {"color": "0.88", "linewidth": 0.8}
-    smooth = {"color": "C0", "linewidth": 2} if one else {"color": "0.45"}
+    raw: dict[str, Any] = {"color": "0.75" if one else "0.88", "linewidth": 1}
+    smooth: dict[str, Any] = {"color": "C0" if one else "0.45", "linewidth": 1.5}
     for k, test in enumerate(results):
         label = "_" if k else shown  # One entry in the legend.
         ax.plot(test.learning_rates, _losses_of(test), label=label, zorder=1, **raw)
@@ -127,5 +127,4 @@ def _mark(
         label += f" ({len(tests)} of {num_results})"
     ax.axvline(rate, color="C1", linestyle="--", label=label, zorder=3)
     label = "of each" if num_results > 1 else "_"
-    style = {"color": "C1", "markeredgecolor": "w", "zorder": 4}
-    ax.plot(rates, heights, "o", label=label, **style)
+    ax.plot(rates, heights, "o", color="C1", mec="w", label=label, zorder=4)
