@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import optax_superconv as osc
+from optax_superconv.finders import _grid_test
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -237,14 +238,114 @@ def grid_result(mode="range", num_steps=30, **axes):
     )
 
 
+def drawn_stars(ax):
+    """Where the full star is, and the hollow ones."""
+    lines = [line for line in ax.get_lines() if line.get_marker() == "*"]
+    full, hollow = [], []
+    for line in lines:
+        face = line.get_markerfacecolor()
+        (hollow if face == "w" else full).extend(line.get_xydata().tolist())
+    (full,) = full
+    return full, hollow
+
+
+def curves_of(ax):
+    return [line for line in ax.get_lines() if line.get_marker() != "*"]
+
+
+def apart(errors, **axes):
+    """A result of which each score is that many standard errors above the best.
+
+    Differences of the last hundred losses take turns one above and one below their
+    mean, so that their standard error is known.
+    """
+    turns = np.resize([1.0, -1.0], 1000)
+    error = np.sqrt(100 / 99) / 10
+    losses = np.array([turns * (x > 0) + 5 + x * error for x in errors])
+    losses[np.isnan(errors), 4:] = np.nan
+    axes = {name: np.array(axis, np.float64) for name, axis in axes.items()}
+    return _grid_test._compare(losses, None, axes)
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5])
+def test_a_pair_is_tied_below_two_of_the_errors_of_the_margin(noise):
+    rng, rates = np.random.default_rng(1), np.geomspace(1e-6, 10, 100, dtype="f4")
+    smooth = 2 - np.array([[1.0], [1.2]]) / (1 + (1e-3 / rates) ** 2)
+    losses = smooth + noise * rng.normal(size=smooth.shape)
+    result = _grid_test._compare(losses, rates, {"a": np.array([1.0, 2.0])})
+    assert (result.margin_in_errors < 2) == (noise == 0.5)
+    assert _grid_test.tied(result).tolist() == [noise == 0.5, True]
+
+
+def test_ties_are_equal_scores_and_margins_below_two_errors():
+    result = apart([1.9, 0, np.nan, 2.1, 0, 30], a=[1, 2], b=[1, 2, 3])
+    assert result.best == {"a": 1.0, "b": 2.0}
+    expected = [[True, True, False], [False, True, False]]
+    assert _grid_test.tied(result).tolist() == expected
+
+
+def test_of_few_steps_only_equal_scores_are_tied():
+    losses = np.array([[3.0] * 20, [3.1] * 20, [3.0] * 20])
+    axes = {"a": np.arange(3.0)}
+    result = _grid_test._compare(losses, None, axes)
+    assert _grid_test.tied(result).tolist() == [True, False, True]
+
+
+def test_marks_the_ties_in_a_map():
+    result = apart([1.9, 0, np.nan, 2.1, 0, 30], a=[1, 2], b=[1, 2, 3])
+    ax = osc.plotting.plot_grid(result)
+    full, hollow = drawn_stars(ax)
+    assert np.round(full).tolist() == [1, 0]
+    assert np.round(hollow).tolist() == [[0, 0], [1, 1]]
+    assert ax.get_title() == "hollow star: not told apart from the best"
+
+
+def test_a_cell_is_tied_if_any_value_of_a_further_axis_is():
+    errors = [30, 30, 0, 30, 30, 1.9, 30, 30]
+    result = apart(errors, a=[1, 2], b=[1, 2], c=[1, 2])
+    full, hollow = drawn_stars(osc.plotting.plot_grid(result))
+    assert np.round(full).tolist() == [1, 0]
+    assert np.round(hollow).tolist() == [[0, 1]]
+
+
+def test_marks_the_ties_of_one_axis():
+    result = apart([30, 0, 1.9, np.nan], a=[4, 3, 2, 1])
+    ax = osc.plotting.plot_grid(result, kind="scores")
+    full, hollow = drawn_stars(ax)
+    assert full[0] == 2
+    assert [x for x, _ in hollow] == [1]
+    assert legend_of(ax) == ["best: 3", "not told apart from the best"]
+
+
+def test_marks_the_ties_at_the_ends_of_the_curves():
+    result = apart([30, 0, 1.9, np.nan], a=[4, 3, 2, 1])
+    ax = osc.plotting.plot_grid(result, kind="curves")
+    full, hollow = drawn_stars(ax)
+    assert [full[0], hollow[0][0]] == [999, 999]
+    assert full[1] == pytest.approx(5)
+    assert hollow[0][1] == pytest.approx(5 + 0.19, abs=0.1)
+    assert len(hollow) == 1
+    assert "not told apart from the best" in legend_of(ax)
+
+
+def test_marks_the_lowest_points_of_the_curves_of_a_range_test():
+    rates = np.geomspace(1e-6, 10, 100, dtype="f4")
+    x = np.log10(rates)
+    losses = np.stack([2 + (x + 1) ** 2 / 20, 2 + (x + 3) ** 2 / 20])
+    losses += 0.02 * np.random.default_rng(0).normal(size=losses.shape)
+    result = _grid_test._compare(losses, rates, {"a": np.array([1.0, 2.0])})
+    full, hollow = drawn_stars(osc.plotting.plot_grid(result))
+    places = sorted(np.log10([full[0], hollow[0][0]]))
+    np.testing.assert_allclose(places, [-3, -1], atol=0.4)
+
+
 @pytest.mark.parametrize("mode", ["range", "constant"])
 def test_draws_the_curve_of_every_combination(mode):
     ax = osc.plotting.plot_grid(grid_result(mode, a=[1.0, 3.0, 2.0]))
     assert [line.get_linewidth() for line in ax.get_lines()].count(2.5) == 1
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert legend == ["a = 3 (best)", "a = 2", "a = 1"]
+    assert legend_of(ax) == ["a = 3 (best)", "a = 2", "a = 1"]
     assert ax.get_xscale() == ("log" if mode == "range" else "linear")
-    ends = [line.get_ydata()[-1] for line in ax.get_lines()]
+    ends = [line.get_ydata()[-1] for line in curves_of(ax)]
     np.testing.assert_allclose(ends, [8.0, 7.0, 6.0], atol=0.3)
     low, high = ax.get_ylim()
     assert 5 < low < 6.1
@@ -256,16 +357,15 @@ def test_draws_curves_of_which_some_diverged(mode):
     result = grid_result(mode, a=[-1.0, 1.0, 2.0])
     assert result.diverged.tolist() == [True, False, False]
     ax = osc.plotting.plot_grid(result)
-    assert len(ax.get_lines()) == (2 if mode == "range" else 3)
+    assert len(curves_of(ax)) == (2 if mode == "range" else 3)
     assert ax.get_ylim()[1] < 12
 
 
 def test_many_curves_name_the_best_alone():
     result = grid_result(a=[1.0, 2.0, 3.0], b=[0.0, 0.5, 1.0])
     ax = osc.plotting.plot_grid(result, kind="curves")
-    assert len(ax.get_lines()) == 9
-    (text,) = ax.get_legend().get_texts()
-    assert text.get_text() == "a = 3, b = 1 (best)"
+    assert len(curves_of(ax)) == 9
+    assert legend_of(ax) == ["a = 3, b = 1 (best)"]
 
 
 def test_draws_the_scores_of_one_axis():
@@ -330,8 +430,13 @@ def test_draws_the_end_losses_by_regime_and_the_threshold():
         if len(line.get_xdata()) == 2 and line.get_linestyle() == "--"
     ]
     assert marks == [result.threshold]
-    labels = {text.get_text() for text in ax.get_legend().get_texts()}
-    assert labels >= {"too slow", "regime 1", "regime 3", "target", "suggested band"}
+    assert {*legend_of(ax)} >= {
+        "too slow",
+        "regime 1",
+        "regime 3",
+        "target",
+        "suggested band",
+    }
     low, high = ax.get_ylim()
     assert low < result.target_loss < 1.0 < high < 100
     for line in ax.get_lines():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from optax_superconv import _checks
-from optax_superconv.finders._grid_test import GridTestResult, combination_at, named
+from optax_superconv.finders._grid_test import (
+    GridTestResult,
+    combination_at,
+    named,
+    tied,
+)
 from optax_superconv.finders._suggestions import smooth_curve
 from optax_superconv.plotting._axes import check_kind, new_axes, without_outliers, zoom
 
@@ -25,12 +30,18 @@ def plot_grid(
 
     * ``"curves"``: the loss of every combination over the rate (smoothed), or over the
       step at constant values (averaged over a twentieth of the run). Lines are coloured
-      from best to worst, and the best is drawn thick.
+      from best to worst, and the best is drawn thick. Stars are at their lowest point,
+      or at their end.
     * ``"scores"``: with one axis, its scores as points; otherwise a map of the scores
-      over the first two axes of length above 1, the best marked by a star. Of further
-      axes, each cell shows the best; the title says which. Combinations that diverged
+      over the first two axes of length above 1. Of further axes, each cell shows the
+      best; the title says which. Combinations that diverged
       have no colour, and outliers the same as all scores that lie above the median by
       twice as much as it lies above the best.
+
+    A full star marks the best. Hollow stars mark what the test has not told apart from
+    it: equal scores, and margins of less than 2 of the standard errors that
+    ``margin_in_errors`` counts. At constant values of fewer than 100 steps these are
+    not known.
 
     Args:
       result: Result of :func:`optax_superconv.grid_test`.
@@ -67,13 +78,24 @@ def plot_grid(
     return ax
 
 
+_TIED = "not told apart from the best"
+
+
+def _star(ax: Axes, x: Any, y: Any, *, best: bool = False, label: str = "_") -> None:
+    """A star, or several, hollow but for the best."""
+    face = "C1" if best else "w"
+    ax.plot(x, y, "*", mfc=face, mec="k", ms=14, label=label, zorder=3)
+
+
 def _draw_curves(result: GridTestResult, ax: Axes, long: list[str]) -> None:
     from matplotlib import colormaps
 
     curves = result.losses.reshape(result.scores.size, -1)
     order = result.scores.ravel().argsort(kind="stable")
     colors = colormaps["viridis"](np.linspace(0.0, 0.9, len(order)))
+    ties = tied(result).ravel()
     lows: list[float] = []
+    stars: list[tuple[float, float]] = []
     high = -np.inf
     for rank, k in reversed(list(enumerate(order))):
         combination = combination_at(result.axes, k)
@@ -93,8 +115,16 @@ def _draw_curves(result: GridTestResult, ax: Axes, long: list[str]) -> None:
         if rank == 0 or len(order) <= 8:
             shown = named({name: combination[name] for name in long})
             line.set_label((shown or "loss") + suffix)
-        lows.append(y.min())
-        high = y[: int(y.argmin()) + 1].max()  # At last, of the best.
+        lowest = int(y.argmin())
+        lows.append(y[lowest])
+        high = y[: lowest + 1].max()  # At last, of the best.
+        if ties[k]:
+            at = -1 if result.learning_rates is None else lowest
+            stars.append((x[at], y[at]))
+    *others, best = stars
+    if others:
+        _star(ax, *zip(*others, strict=True), label=_TIED)
+    _star(ax, *best, best=True)
     zoom(ax, min(lows), high)
     ax.set(xlabel="step", ylabel="loss, smoothed")
     if result.learning_rates is not None:
@@ -110,9 +140,12 @@ def _draw_points(result: GridTestResult, ax: Axes, name: str) -> None:
     scores = np.where(np.isfinite(scores), scores, np.nan)
     places = range(len(ticks))  # Values of 0 and of many decades fit.
     ax.plot(places, scores, "o-", color="C0")
-    best = int(np.nanargmin(scores))
-    label = f"best: {ticks[best]}"
-    ax.plot(best, scores[best], "*", color="C1", ms=16, label=label)
+    best = int(np.flatnonzero(result.axes[name][order] == result.best[name])[0])
+    others = np.flatnonzero(tied(result).ravel()[order])
+    others = others[others != best]
+    _star(ax, best, scores[best], best=True, label=f"best: {ticks[best]}")
+    if others.size:
+        _star(ax, others, scores[others], label=_TIED)
     ax.set_xticks(places, ticks)
     ax.set(xlabel=name, ylabel="score")
     ax.legend()
@@ -142,10 +175,17 @@ def _draw_map(
         color = "w" if value > middle else "k"
         ax.text(j, i, shown, ha="center", va="center", color=color)
     i, j = star
-    ax.plot(j, i + 0.28, "*", color="C1", markeredgecolor="k", ms=14)
+    _star(ax, j, i + 0.28, best=True)
+    ties = np.logical_or.reduce(tied(result), axis=tuple(rest))
+    ties[i, j] = False
+    title = []
     if others:
         best = named({name: result.best[name] for name in others})
-        title = f"lowest over {', '.join(others)}; star: {best}"
-        ax.set_title(title, fontsize="medium")
+        title.append(f"lowest over {', '.join(others)}; star: {best}")
+    if ties.any():
+        rows, columns = np.nonzero(ties)
+        _star(ax, columns, rows + 0.28)
+        title.append(f"hollow star: {_TIED}")
+    ax.set_title("\n".join(title), fontsize="medium")
     extend = "max" if top < finite.max() else "neither"
     ax.figure.colorbar(image, ax=ax, label="score", extend=extend)
