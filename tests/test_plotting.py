@@ -285,7 +285,8 @@ def test_ties_are_equal_scores_and_margins_below_two_errors():
 
 
 def test_of_few_steps_only_equal_scores_are_tied():
-    losses = np.array([[3.0] * 20, [3.1] * 20, [3.0] * 20])
+    losses = np.full((3, 20), 3.0)
+    losses[1] = np.resize([1.1, 5.1], 20)  # Higher by 0.1 with an error of 2.
     axes = {"a": np.arange(3.0)}
     result = _grid_test._compare(losses, None, axes)
     assert _grid_test.tied(result).tolist() == [True, False, True]
