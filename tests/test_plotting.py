@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optax_superconv as osc
-from optax_superconv.finders import _grid_test
+from optax_superconv.finders import _grid_test, _suggestions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -267,14 +267,17 @@ def apart(errors, **axes):
     return _grid_test._compare(losses, None, axes)
 
 
-@pytest.mark.parametrize("noise", [0.05, 0.5])
-def test_a_pair_is_tied_below_two_of_the_errors_of_the_margin(noise):
+@pytest.mark.parametrize("errors", [2.7, 2.9])
+def test_at_climbing_rates_the_errors_of_both_curves_count(errors):
     rng, rates = np.random.default_rng(1), np.geomspace(1e-6, 10, 100, dtype="f4")
-    smooth = 2 - np.array([[1.0], [1.2]]) / (1 + (1e-3 / rates) ** 2)
-    losses = smooth + noise * rng.normal(size=smooth.shape)
-    result = _grid_test._compare(losses, rates, {"a": np.array([1.0, 2.0])})
-    assert (result.margin_in_errors < 2) == (noise == 0.5)
-    assert _grid_test.tied(result).tolist() == [noise == 0.5, True]
+    losses = 2 - 1 / (1 + (1e-3 / rates) ** 2) + 0.1 * rng.normal(size=100)
+    curve = osc.RangeTestResult(rates, losses, losses, False)
+    smooth = _suggestions.smooth_curve(curve)
+    # The same errors of both, so theirs together is higher by the root of 2.
+    both = np.stack([losses, losses + errors * smooth.errors[smooth.values.argmin()]])
+    result = _grid_test._compare(both, rates, {"a": np.array([1.0, 2.0])})
+    assert result.margin_in_errors == pytest.approx(errors / np.sqrt(2))
+    assert _grid_test.tied(result).tolist() == [True, errors < 2 * np.sqrt(2)]
 
 
 def test_ties_are_equal_scores_and_margins_below_two_errors():
