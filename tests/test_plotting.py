@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import optax_superconv as osc
+from optax_superconv.finders import _grid_test, _suggestions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -61,33 +62,111 @@ def test_each_schedule_of_a_mapping_has_its_own_axis():
         assert box.x1 <= 1.001
 
 
-def test_marks_the_suggestion_and_keeps_an_explosion_out_of_view():
-    x = np.linspace(-6, 1, 100)
-    losses = np.where(x > 0, 1e9, 2 - 1 / (1 + np.exp(-3 * (x + 3))))
-    result = make_result(losses)
-    ax = osc.plotting.plot_range_test(result, method="steepest")
-    assert ax.get_ylim()[1] < 3
-    marks = [
-        line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2
-    ]
-    assert marks == [osc.suggest_learning_rate(result, method="steepest")]
+def noisy(seed=0, shift=0.0, noise=0.05):
+    """Losses that fall from 2 to 1 at a rate of 1e-3, and explode above 1."""
+    x, rng = np.linspace(-6, 1, 100), np.random.default_rng(seed)
+    losses = 2 + shift - 1 / (1 + np.exp(-3 * (x + 3))) + noise * rng.normal(size=100)
+    return make_result(np.where(x > 0, 1e9, losses))
+
+
+AT_ONCE = make_result(np.array([2.0, 3.0, 1e7, np.inf]))
+FROM_THE_START = make_result(2 + np.exp(np.arange(40.0)))
+
+
+def lines_of(ax, style):
+    """The data of the lines of a style, by what a legend would say."""
+    found = [line for line in ax.get_lines() if line.get_linestyle() == style]
+    return [line.get_xydata() for line in found]
+
+
+def dots_of(ax):
+    (dots,) = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    return dots.get_xydata()
+
+
+def legend_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("method", ["knee", "valley"])
+def test_the_suggestion_lies_on_the_smoothing_it_is_read_from(method):
+    result = noisy()
+    ax = osc.plotting.plot_range_test(result, method=method)
+    raw, smooth = lines_of(ax, "-")
+    (mark,) = lines_of(ax, "--")
+    rate = osc.suggest_learning_rate(result, method=method)
+    np.testing.assert_array_equal(mark[:, 0], rate)
+    np.testing.assert_array_equal(raw[:, 1], result.losses)
+    ((at, height),) = dots_of(ax)
+    assert at == rate
+    assert height == pytest.approx(np.interp(rate, *smooth.T), rel=0.01)
+    # Nine tenths, or half, of the fall of what is drawn is done there.
+    bottom = smooth[:, 1].argmin()
+    top = smooth[:bottom, 1].max()
+    done = (top - height) / (top - smooth[bottom, 1])
+    assert done == pytest.approx({"knee": 0.9, "valley": 0.5}[method], abs=0.01)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.5, 1000.0])
+def test_the_fall_fills_the_axes_whatever_explodes(shift):
+    low, high = osc.plotting.plot_range_test(noisy(shift=shift)).get_ylim()
+    assert low < 1 + shift
+    assert 2 + shift < high
+    assert high - low < 1.6
 
 
 def test_draws_repeats_with_their_median_and_interval():
-    x, rng = np.linspace(-6, 1, 100), np.random.default_rng(0)
-    smooth = 2 - 1 / (1 + np.exp(-3 * (x + 3)))
-    results = [make_result(smooth + 0.1 * rng.normal(size=100)) for _ in range(3)]
+    results = [noisy(seed) for seed in range(3)]
     ax = osc.plotting.plot_range_test(results)
-    (median,) = [
-        line.get_xdata()[0] for line in ax.get_lines() if len(line.get_xdata()) == 2
-    ]
+    ((median, _), _) = lines_of(ax, "--")[0]
     assert median == osc.suggest_learning_rate(results)
     (band,) = ax.patches
     low, high = osc.suggest_interval(results)
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((low, high))
-    drawn = [line.get_ydata() for line in ax.get_lines()]
-    for result in results:
-        assert any(np.array_equal(result.losses, line) for line in drawn)
+    each = [osc.suggest_learning_rate(result) for result in results]
+    np.testing.assert_array_equal(dots_of(ax)[:, 0], each)
+    drawn = lines_of(ax, "-")
+    for result, line in zip(results, drawn[:3], strict=True):
+        np.testing.assert_array_equal(line[:, 1], result.losses)
+    assert len(drawn) == 6
+
+
+def test_repeats_are_grey_and_their_reading_is_not():
+    ax = osc.plotting.plot_range_test([noisy(seed) for seed in range(3)])
+    colors = {"-": set(), "--": set()}
+    for line in ax.get_lines():
+        if line.get_linestyle() in colors:
+            color = matplotlib.colors.to_rgb(line.get_color())
+            colors[line.get_linestyle()].add(color)
+    assert all(len({*color}) == 1 for color in colors["-"])
+    assert len(colors["-"]) == 2
+    assert all(len({*color}) == 3 for color in colors["--"])
+
+
+@pytest.mark.parametrize("bad", [AT_ONCE, FROM_THE_START])
+def test_a_repeat_that_diverges_at_once_is_counted_and_left_out(bad, recwarn):
+    results = [noisy(seed) for seed in range(4)]
+    ax = osc.plotting.plot_range_test([bad, *results])
+    rate = osc.suggest_learning_rate(results)
+    assert f"knee: {rate:.2g} (4 of 5)" in legend_of(ax)
+    assert "smoothed" in legend_of(ax)
+    alone = osc.plotting.plot_range_test(results)
+    assert ax.get_ylim() == alone.get_ylim()
+    assert not recwarn
+
+
+def test_shows_the_first_losses_of_what_diverges_at_once():
+    ax = osc.plotting.plot_range_test(AT_ONCE)
+    low, high = ax.get_ylim()
+    assert 0 < low < 2
+    assert 3 < high < 10
+    assert legend_of(ax) == ["loss", "knee: none"]
+
+
+def test_the_noise_of_a_flat_curve_does_not_fill_the_axes():
+    losses = 2 + 0.001 * np.random.default_rng(0).normal(size=100)
+    low, high = osc.plotting.plot_range_test(make_result(losses)).get_ylim()
+    assert (low, high) == pytest.approx((1.9, 2.1), abs=0.02)
 
 
 def test_draws_the_held_out_losses_that_are_read():
@@ -96,7 +175,7 @@ def test_draws_the_held_out_losses_that_are_read():
     result = dataclasses.replace(make_result(losses), eval_losses=losses + 10)
     ax = osc.plotting.plot_range_test(result)
     assert ax.get_ylabel() == "held-out loss"
-    assert all(np.min(line.get_ydata()) > 10 for line in ax.get_lines()[:2])
+    assert all(np.min(line[:, 1]) > 10 for line in lines_of(ax, "-"))
 
 
 @pytest.mark.parametrize("losses", [np.full(100, 2.0), np.array([1.0, np.nan])])
@@ -117,14 +196,20 @@ def test_says_which_extra_is_missing(plot, monkeypatch):
         plot()
 
 
+def step_fn(state, rate, batch):
+    return state + float(rate), 1.0
+
+
 def test_progress_says_which_extra_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(ImportError, match=r"optax-superconv\[progress\]"):
-        osc.range_test(lambda s, r, b: (s, 1.0), 0, [None], progress=True)
+        osc.range_test(step_fn, 0.0, [None], pass_hyperparams=True, progress=True)
 
 
 def test_progress_counts_the_steps(capsys):
-    osc.range_test(lambda s, r, b: (s, 1.0), 0, [None], num_steps=20, progress=True)
+    osc.range_test(
+        step_fn, 0.0, [None], num_steps=20, pass_hyperparams=True, progress=True
+    )
     assert "100%" in capsys.readouterr().out
 
 
@@ -134,24 +219,137 @@ def test_progress_counts_the_steps(capsys):
 def grid_result(mode="range", num_steps=30, **axes):
     """Losses that fall by the sum of the hyperparameters; those below 0 diverge."""
 
-    def step_fn(step, hyperparams, batch):
-        values = [float(v) for k, v in hyperparams.items() if k != "learning_rate"]
-        bad = min(values) < 0 and step > 3
-        return step + 1, np.nan if bad else 9.0 - sum(values) * min(step / 10, 1)
+    def step_fn(state, hyperparams, batch):
+        step, rate = state
+        values = {"learning_rate": rate} | hyperparams
+        rate = values.pop("learning_rate")  # The state shows that it acts.
+        bad = min(values.values()) < 0 and step > 3
+        loss = np.nan if bad else 9.0 - float(sum(values.values())) * min(step / 10, 1)
+        return (step + 1, rate), loss
 
     return osc.grid_test(
-        step_fn, 0, [None], grid=axes, mode=mode, num_steps=num_steps, vectorize=False
+        step_fn,
+        (0, np.float32(0.0)),
+        [None],
+        grid=axes,
+        mode=mode,
+        num_steps=num_steps,
+        pass_hyperparams=True,
     )
+
+
+def drawn_stars(ax):
+    """Where the full star is, and the hollow ones."""
+    lines = [line for line in ax.get_lines() if line.get_marker() == "*"]
+    full, hollow = [], []
+    for line in lines:
+        face = line.get_markerfacecolor()
+        (hollow if face == "w" else full).extend(line.get_xydata().tolist())
+    (full,) = full
+    return full, hollow
+
+
+def curves_of(ax):
+    return [line for line in ax.get_lines() if line.get_marker() != "*"]
+
+
+def apart(errors, **axes):
+    """A result of which each score is that many standard errors above the best.
+
+    Differences of the last hundred losses take turns one above and one below their
+    mean, so that their standard error is known.
+    """
+    turns = np.resize([1.0, -1.0], 1000)
+    error = np.sqrt(100 / 99) / 10
+    losses = np.array([turns * (x > 0) + 5 + x * error for x in errors])
+    losses[np.isnan(errors), 4:] = np.nan
+    axes = {name: np.array(axis, np.float64) for name, axis in axes.items()}
+    return _grid_test._compare(losses, None, axes)
+
+
+@pytest.mark.parametrize("errors", [2.7, 2.9])
+def test_at_climbing_rates_the_errors_of_both_curves_count(errors):
+    rng, rates = np.random.default_rng(1), np.geomspace(1e-6, 10, 100, dtype="f4")
+    losses = 2 - 1 / (1 + (1e-3 / rates) ** 2) + 0.1 * rng.normal(size=100)
+    curve = osc.RangeTestResult(rates, losses, losses, False)
+    smooth = _suggestions.smooth_curve(curve)
+    # The same errors of both, so theirs together is higher by the root of 2.
+    both = np.stack([losses, losses + errors * smooth.errors[smooth.values.argmin()]])
+    result = _grid_test._compare(both, rates, {"a": np.array([1.0, 2.0])})
+    assert result.margin_in_errors == pytest.approx(errors / np.sqrt(2))
+    assert _grid_test.tied(result).tolist() == [True, errors < 2 * np.sqrt(2)]
+
+
+def test_ties_are_equal_scores_and_margins_below_two_errors():
+    result = apart([1.9, 0, np.nan, 2.1, 0, 30], a=[1, 2], b=[1, 2, 3])
+    assert result.best == {"a": 1.0, "b": 2.0}
+    expected = [[True, True, False], [False, True, False]]
+    assert _grid_test.tied(result).tolist() == expected
+
+
+def test_of_few_steps_only_equal_scores_are_tied():
+    losses = np.full((3, 20), 3.0)
+    losses[1] = np.resize([1.1, 5.1], 20)  # Higher by 0.1 with an error of 2.
+    axes = {"a": np.arange(3.0)}
+    result = _grid_test._compare(losses, None, axes)
+    assert _grid_test.tied(result).tolist() == [True, False, True]
+
+
+def test_marks_the_ties_in_a_map():
+    result = apart([1.9, 0, np.nan, 2.1, 0, 30], a=[1, 2], b=[1, 2, 3])
+    ax = osc.plotting.plot_grid(result)
+    full, hollow = drawn_stars(ax)
+    assert np.round(full).tolist() == [1, 0]
+    assert np.round(hollow).tolist() == [[0, 0], [1, 1]]
+    assert ax.get_title() == "hollow star: not told apart from the best"
+
+
+def test_a_cell_is_tied_if_any_value_of_a_further_axis_is():
+    errors = [30, 30, 0, 30, 30, 1.9, 30, 30]
+    result = apart(errors, a=[1, 2], b=[1, 2], c=[1, 2])
+    full, hollow = drawn_stars(osc.plotting.plot_grid(result))
+    assert np.round(full).tolist() == [1, 0]
+    assert np.round(hollow).tolist() == [[0, 1]]
+
+
+def test_marks_the_ties_of_one_axis():
+    result = apart([30, 0, 1.9, np.nan], a=[4, 3, 2, 1])
+    ax = osc.plotting.plot_grid(result, kind="scores")
+    full, hollow = drawn_stars(ax)
+    assert full[0] == 2
+    assert [x for x, _ in hollow] == [1]
+    assert legend_of(ax) == ["best: 3", "not told apart from the best"]
+
+
+def test_marks_the_ties_at_the_ends_of_the_curves():
+    result = apart([30, 0, 1.9, np.nan], a=[4, 3, 2, 1])
+    ax = osc.plotting.plot_grid(result, kind="curves")
+    full, hollow = drawn_stars(ax)
+    assert [full[0], hollow[0][0]] == [999, 999]
+    assert full[1] == pytest.approx(5)
+    assert hollow[0][1] == pytest.approx(5 + 0.19, abs=0.1)
+    assert len(hollow) == 1
+    assert "not told apart from the best" in legend_of(ax)
+
+
+def test_marks_the_lowest_points_of_the_curves_of_a_range_test():
+    rates = np.geomspace(1e-6, 10, 100, dtype="f4")
+    x = np.log10(rates)
+    losses = np.stack([2 + (x + 1) ** 2 / 20, 2 + (x + 3) ** 2 / 20])
+    losses += 0.02 * np.random.default_rng(0).normal(size=losses.shape)
+    result = _grid_test._compare(losses, rates, {"a": np.array([1.0, 2.0])})
+    full, hollow = drawn_stars(osc.plotting.plot_grid(result))
+    places = sorted(np.log10([full[0], hollow[0][0]]))
+    np.testing.assert_allclose(places, [-3, -1], atol=0.4)
 
 
 @pytest.mark.parametrize("mode", ["range", "constant"])
 def test_draws_the_curve_of_every_combination(mode):
     ax = osc.plotting.plot_grid(grid_result(mode, a=[1.0, 3.0, 2.0]))
     assert [line.get_linewidth() for line in ax.get_lines()].count(2.5) == 1
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert legend == ["a = 3 (best)", "a = 2", "a = 1"]
+    assert legend_of(ax) == ["a = 3 (best)", "a = 2", "a = 1"]
     assert ax.get_xscale() == ("log" if mode == "range" else "linear")
-    ends = [line.get_ydata()[-1] for line in ax.get_lines()]
+    ends = [line.get_ydata()[-1] for line in curves_of(ax)]
     np.testing.assert_allclose(ends, [8.0, 7.0, 6.0], atol=0.3)
     low, high = ax.get_ylim()
     assert 5 < low < 6.1
@@ -163,16 +361,15 @@ def test_draws_curves_of_which_some_diverged(mode):
     result = grid_result(mode, a=[-1.0, 1.0, 2.0])
     assert result.diverged.tolist() == [True, False, False]
     ax = osc.plotting.plot_grid(result)
-    assert len(ax.get_lines()) == (2 if mode == "range" else 3)
+    assert len(curves_of(ax)) == (2 if mode == "range" else 3)
     assert ax.get_ylim()[1] < 12
 
 
 def test_many_curves_name_the_best_alone():
     result = grid_result(a=[1.0, 2.0, 3.0], b=[0.0, 0.5, 1.0])
     ax = osc.plotting.plot_grid(result, kind="curves")
-    assert len(ax.get_lines()) == 9
-    (text,) = ax.get_legend().get_texts()
-    assert text.get_text() == "a = 3, b = 1 (best)"
+    assert len(curves_of(ax)) == 9
+    assert legend_of(ax) == ["a = 3, b = 1 (best)"]
 
 
 def test_draws_the_scores_of_one_axis():
@@ -219,6 +416,7 @@ def threshold_result():
         [None],
         num_steps=40,
         num_rates=8,
+        pass_hyperparams=True,
     )
 
 
@@ -236,8 +434,13 @@ def test_draws_the_end_losses_by_regime_and_the_threshold():
         if len(line.get_xdata()) == 2 and line.get_linestyle() == "--"
     ]
     assert marks == [result.threshold]
-    labels = {text.get_text() for text in ax.get_legend().get_texts()}
-    assert labels >= {"too slow", "regime 1", "regime 3", "target", "suggested band"}
+    assert {*legend_of(ax)} >= {
+        "too slow",
+        "regime 1",
+        "regime 3",
+        "target",
+        "suggested band",
+    }
     low, high = ax.get_ylim()
     assert low < result.target_loss < 1.0 < high < 100
     for line in ax.get_lines():

@@ -135,29 +135,67 @@ def combination_at(axes: dict[str, np.ndarray], k: int) -> dict[str, float]:
     }
 
 
+def _lowest(curve: RangeTestResult) -> tuple[float, float]:
+    """The lowest point of a smoothed curve, and its standard error."""
+    try:
+        smooth = smooth_curve(curve)
+    except ValueError:  # Too short to be smoothed.
+        return np.inf, np.inf
+    lowest = smooth.values.argmin()
+    return smooth.values[lowest], smooth.errors[lowest]
+
+
+def _margins(
+    scores: np.ndarray, errors: np.ndarray | None, losses: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(members,) by how much each is worse than the best, and the standard errors.
+
+    ``errors`` are those of the scores; without them, losses of a step are compared.
+    """
+    best = scores.argmin()
+    tail = losses[:, -_runs.tenth(losses) :]
+    with np.errstate(invalid="ignore"):
+        margins = scores - scores[best]
+        if errors is not None:
+            return margins, np.hypot(errors[best], errors)
+        if tail.shape[1] < 10:
+            return margins, np.full(len(scores), np.nan)
+        apart = tail - tail[best]
+        return margins, apart.std(axis=1, ddof=1) / np.sqrt(tail.shape[1])
+
+
+def tied(result: GridTestResult) -> np.ndarray:
+    """(*grid) bool: what is not told apart from the best, by less than 2 errors.
+
+    Among them the best, and whatever has its score.
+    """
+    losses = result.losses.reshape(result.scores.size, -1)
+    ladder = result.learning_rates
+    errors = None
+    if ladder is not None:
+        errors = np.array([_lowest(read_curve(x, ladder))[1] for x in losses])
+    margins, spread = _margins(result.scores.ravel(), errors, losses)
+    return ((margins == 0) | (margins < 2 * spread)).reshape(result.scores.shape)
+
+
 def _compare(
     losses: np.ndarray, ladder: np.ndarray | None, axes: dict[str, np.ndarray]
 ) -> GridTestResult:
     """Scores the members' losses, (members, num_steps)."""
     finite = np.isfinite(losses).sum(axis=1)
-    tail = losses[:, -_runs.tenth(losses) :]
     diverged = finite < losses.shape[1]
-    scores, errors = np.full((2, len(losses)), np.inf)
-    advice = "(try lower learning rates)"
+    errors, advice = None, "(try lower learning rates)"
     if ladder is None:
+        tail = losses[:, -_runs.tenth(losses) :]
         scores = np.where(diverged, np.inf, tail.mean(axis=1))
     else:
+        scores, errors = np.full((2, len(losses)), np.inf)
         advice = "in its first 10 steps (lower `min_learning_rate`)"
         for k, member in enumerate(losses):
             curve = read_curve(member, ladder)
             member[len(curve.losses) :] = np.nan
             diverged[k] = curve.diverged
-            try:
-                smooth = smooth_curve(curve)
-            except ValueError:  # Too short to be smoothed.
-                continue
-            lowest = smooth.values.argmin()
-            scores[k], errors[k] = smooth.values[lowest], smooth.errors[lowest]
+            scores[k], errors[k] = _lowest(curve)
     best, *others = scores.argsort(kind="stable").tolist()
     _checks.require(
         bool(np.isfinite(scores[best])),
@@ -165,17 +203,12 @@ def _compare(
         f"a grid with a combination that does not diverge {advice}",
         f"losses that cease to be finite after {finite.min()} to {finite.max()} steps",
     )
-    margin = error = np.nan
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if others:
-            second = others[0]
-            margin = scores[second] - scores[best]
-            if ladder is not None:
-                error = np.hypot(errors[best], errors[second])
-            elif tail.shape[1] >= 10:
-                apart = tail[second] - tail[best]
-                error = apart.std(ddof=1) / np.sqrt(len(apart))
-        margin_in_errors = np.divide(margin, error)
+    margin = margin_in_errors = np.nan
+    if others:
+        margins, spread = _margins(scores, errors, losses)
+        margin = margins[others[0]]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            margin_in_errors = margin / spread[others[0]]
     shape = tuple(map(len, axes.values()))
     return GridTestResult(
         axes,

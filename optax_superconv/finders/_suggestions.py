@@ -132,9 +132,29 @@ def _why(result: RangeTestResult, curve: _Curve, doubt: float) -> str:
     )
 
 
+def _curve_for(result: RangeTestResult, method: Method | None) -> _Curve:
+    """The smoothing that a method reads."""
+    return smooth_curve(result, bandwidth=_WIDE if method == "knee" else None)
+
+
+def reading(result: RangeTestResult, method: Method | None) -> tuple[_Curve, float]:
+    """The smoothing that a method reads, and what it suggests: NaN if nothing."""
+    curve = _curve_for(result, method)
+    if method is None:
+        return curve, np.nan
+    try:
+        return curve, _read(result, curve, method)
+    except ValueError:
+        return curve, np.nan
+
+
 def _suggest(result: RangeTestResult, method: Method) -> float:
     """What one curve suggests."""
-    curve = smooth_curve(result, bandwidth=_WIDE if method == "knee" else None)
+    return _read(result, _curve_for(result, method), method)
+
+
+def _read(result: RangeTestResult, curve: _Curve, method: Method) -> float:
+    """What a method suggests from the smoothing that it reads."""
     log_rates, values = curve.log_rates, curve.values
     lowest = int(values.argmin())
     if method == "divergence":
