@@ -13,7 +13,8 @@ from optax_superconv.finders._curvature import (
     sharpness,
     stability_limit,
 )
-from optax_superconv.finders._grid_test import GridTestResult, grid_test
+from optax_superconv.finders._grid_results import GridTestResult
+from optax_superconv.finders._grid_test import grid_test
 from optax_superconv.finders._range_test import RangeTestResult, range_test
 from optax_superconv.finders._suggestions import (
     suggest_interval,

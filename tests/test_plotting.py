@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optax_superconv as osc
-from optax_superconv.finders import _grid_test, _suggestions
+from optax_superconv.finders import _grid_results, _suggestions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -264,7 +264,7 @@ def apart(errors, **axes):
     losses = np.array([turns * (x > 0) + 5 + x * error for x in errors])
     losses[np.isnan(errors), 4:] = np.nan
     axes = {name: np.array(axis, np.float64) for name, axis in axes.items()}
-    return _grid_test._compare(losses, None, axes)
+    return _grid_results.compare(losses, None, axes)
 
 
 @pytest.mark.parametrize("errors", [2.7, 2.9])
@@ -275,24 +275,24 @@ def test_at_climbing_rates_the_errors_of_both_curves_count(errors):
     smooth = _suggestions.smooth_curve(curve)
     # The same errors of both, so theirs together is higher by the root of 2.
     both = np.stack([losses, losses + errors * smooth.errors[smooth.values.argmin()]])
-    result = _grid_test._compare(both, rates, {"a": np.array([1.0, 2.0])})
+    result = _grid_results.compare(both, rates, {"a": np.array([1.0, 2.0])})
     assert result.margin_in_errors == pytest.approx(errors / np.sqrt(2))
-    assert _grid_test.tied(result).tolist() == [True, errors < 2 * np.sqrt(2)]
+    assert _grid_results.tied(result).tolist() == [True, errors < 2 * np.sqrt(2)]
 
 
 def test_ties_are_equal_scores_and_margins_below_two_errors():
     result = apart([1.9, 0, np.nan, 2.1, 0, 30], a=[1, 2], b=[1, 2, 3])
     assert result.best == {"a": 1.0, "b": 2.0}
     expected = [[True, True, False], [False, True, False]]
-    assert _grid_test.tied(result).tolist() == expected
+    assert _grid_results.tied(result).tolist() == expected
 
 
 def test_of_few_steps_only_equal_scores_are_tied():
     losses = np.full((3, 20), 3.0)
     losses[1] = np.resize([1.1, 5.1], 20)  # Higher by 0.1 with an error of 2.
     axes = {"a": np.arange(3.0)}
-    result = _grid_test._compare(losses, None, axes)
-    assert _grid_test.tied(result).tolist() == [True, False, True]
+    result = _grid_results.compare(losses, None, axes)
+    assert _grid_results.tied(result).tolist() == [True, False, True]
 
 
 def test_marks_the_ties_in_a_map():
@@ -337,7 +337,7 @@ def test_marks_the_lowest_points_of_the_curves_of_a_range_test():
     x = np.log10(rates)
     losses = np.stack([2 + (x + 1) ** 2 / 20, 2 + (x + 3) ** 2 / 20])
     losses += 0.02 * np.random.default_rng(0).normal(size=losses.shape)
-    result = _grid_test._compare(losses, rates, {"a": np.array([1.0, 2.0])})
+    result = _grid_results.compare(losses, rates, {"a": np.array([1.0, 2.0])})
     full, hollow = drawn_stars(osc.plotting.plot_grid(result))
     places = sorted(np.log10([full[0], hollow[0][0]]))
     np.testing.assert_allclose(places, [-3, -1], atol=0.4)

@@ -8,7 +8,6 @@ a constant rate it is a short grid search.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -20,82 +19,10 @@ from numpy.typing import ArrayLike
 from optax_superconv import _batches, _checks, _settings
 from optax_superconv._trees import check_unshared
 from optax_superconv.finders import _members, _runs, _steps
-from optax_superconv.finders._range_test import RangeTestResult, read_curve
-from optax_superconv.finders._suggestions import smooth_curve
+from optax_superconv.finders._grid_results import GridTestResult, compare
 
 State = TypeVar("State")
 Mode = Literal["range", "constant"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class GridTestResult:
-    """The curves of a grid test; array axes come in the order of ``axes``.
-
-    Attributes:
-      axes: The values of each hyperparameter by name, float64 as given.
-      learning_rates: (num_steps,) float32, the ladder; None in mode ``"constant"``.
-      losses: (*grid, num_steps) float64, the loss at each step before its update; NaN
-        after divergence.
-      diverged: (*grid) bool, whether a curve ended early, by :func:`range_test`'s rule
-        in mode ``"range"``, at a loss that is not finite in mode ``"constant"``.
-      scores: (*grid) float64, lower is better; see :func:`grid_test`.
-      best: The combination with the lowest score.
-      margin: By how much the runner-up's score is higher, in the unit of the loss; NaN
-        for a single combination, infinite if all others diverged.
-      margin_in_errors: The margin in its standard errors. Below 2 or 3 the grid has
-        not told the two apart. Another initialisation is not in these errors.
-    """
-
-    axes: dict[str, np.ndarray]
-    learning_rates: np.ndarray | None
-    losses: np.ndarray
-    diverged: np.ndarray
-    scores: np.ndarray
-    best: dict[str, float]
-    margin: float
-    margin_in_errors: float
-
-    def __repr__(self) -> str:
-        return _runs.summary(
-            self,
-            f"{self.losses.shape[-1]} steps of "
-            + " x ".join(f"{len(axis)} {name}" for name, axis in self.axes.items()),
-            f"margin {self.margin:.3g} ({self.margin_in_errors:.2g} standard errors), "
-            f"best {named(self.best)}",
-        )
-
-    def curve(self, **combination: float) -> RangeTestResult:
-        """The range test of one combination, for :func:`suggest_learning_rate`.
-
-        Only a grid test with ``mode="range"`` has such curves.
-
-        Args:
-          **combination: A value of each axis, one of those in ``axes``, as in
-            ``result.curve(**result.best)``.
-
-        Returns:
-          What :func:`range_test` returns for that combination.
-        """
-        if self.learning_rates is None:
-            raise ValueError(
-                "`curve` must be called on a grid test with mode='range', got one with "
-                "mode='constant'."
-            )
-        _checks.require(
-            set(combination) == set(self.axes),
-            "combination",
-            f"a value for each of {', '.join(map(repr, self.axes))}",
-            f"{combination}",
-        )
-        index = []
-        for name, axis in self.axes.items():
-            # As the step sees them: a JAX array's values are float32 already.
-            wanted = np.float32(combination[name])
-            at = np.flatnonzero(axis.astype(np.float32) == wanted)
-            rule = f"one of {axis.tolist()}"
-            _checks.require(at.size > 0, name, rule, combination[name])
-            index.append(int(at[0]))
-        return read_curve(self.losses[tuple(index)], self.learning_rates)
 
 
 def _axes(grid: Mapping[str, Iterable[float]]) -> dict[str, np.ndarray]:
@@ -119,107 +46,6 @@ def _axes(grid: Mapping[str, Iterable[float]]) -> dict[str, np.ndarray]:
         distinct = len(np.unique(axis.astype(np.float32))) == len(axis)
         _checks.require(distinct, name, "distinct values in float32", axis.tolist())
     return axes
-
-
-def named(combination: Mapping[str, float]) -> str:
-    """A combination for a reader."""
-    return ", ".join(f"{name} = {value:.4g}" for name, value in combination.items())
-
-
-def combination_at(axes: dict[str, np.ndarray], k: int) -> dict[str, float]:
-    """The k-th combination of all."""
-    index = np.unravel_index(k, tuple(map(len, axes.values())))
-    return {
-        name: float(axis[i])
-        for (name, axis), i in zip(axes.items(), index, strict=True)
-    }
-
-
-def _lowest(curve: RangeTestResult) -> tuple[float, float]:
-    """The lowest point of a smoothed curve, and its standard error."""
-    try:
-        smooth = smooth_curve(curve)
-    except ValueError:  # Too short to be smoothed.
-        return np.inf, np.inf
-    lowest = smooth.values.argmin()
-    return smooth.values[lowest], smooth.errors[lowest]
-
-
-def _margins(
-    scores: np.ndarray, errors: np.ndarray | None, losses: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(members,) by how much each is worse than the best, and the standard errors.
-
-    ``errors`` are those of the scores; without them, losses of a step are compared.
-    """
-    best = scores.argmin()
-    tail = losses[:, -_runs.tenth(losses) :]
-    with np.errstate(invalid="ignore"):
-        margins = scores - scores[best]
-        if errors is not None:
-            return margins, np.hypot(errors[best], errors)
-        if tail.shape[1] < 10:
-            return margins, np.full(len(scores), np.nan)
-        apart = tail - tail[best]
-        return margins, apart.std(axis=1, ddof=1) / np.sqrt(tail.shape[1])
-
-
-def tied(result: GridTestResult) -> np.ndarray:
-    """(*grid) bool: what is not told apart from the best, by less than 2 errors.
-
-    Among them the best, and whatever has its score.
-    """
-    losses = result.losses.reshape(result.scores.size, -1)
-    ladder = result.learning_rates
-    errors = None
-    if ladder is not None:
-        errors = np.array([_lowest(read_curve(x, ladder))[1] for x in losses])
-    margins, spread = _margins(result.scores.ravel(), errors, losses)
-    return ((margins == 0) | (margins < 2 * spread)).reshape(result.scores.shape)
-
-
-def _compare(
-    losses: np.ndarray, ladder: np.ndarray | None, axes: dict[str, np.ndarray]
-) -> GridTestResult:
-    """Scores the members' losses, (members, num_steps)."""
-    finite = np.isfinite(losses).sum(axis=1)
-    diverged = finite < losses.shape[1]
-    errors, advice = None, "(try lower learning rates)"
-    if ladder is None:
-        tail = losses[:, -_runs.tenth(losses) :]
-        scores = np.where(diverged, np.inf, tail.mean(axis=1))
-    else:
-        scores, errors = np.full((2, len(losses)), np.inf)
-        advice = "in its first 10 steps (lower `min_learning_rate`)"
-        for k, member in enumerate(losses):
-            curve = read_curve(member, ladder)
-            member[len(curve.losses) :] = np.nan
-            diverged[k] = curve.diverged
-            scores[k], errors[k] = _lowest(curve)
-    best, *others = scores.argsort(kind="stable").tolist()
-    _checks.require(
-        bool(np.isfinite(scores[best])),
-        "grid",
-        f"a grid with a combination that does not diverge {advice}",
-        f"losses that cease to be finite after {finite.min()} to {finite.max()} steps",
-    )
-    margin = margin_in_errors = np.nan
-    if others:
-        margins, spread = _margins(scores, errors, losses)
-        margin = margins[others[0]]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            margin_in_errors = margin / spread[others[0]]
-    shape = tuple(map(len, axes.values()))
-    return GridTestResult(
-        axes,
-        ladder,
-        losses.reshape(*shape, -1),
-        diverged.reshape(shape),
-        scores.reshape(shape),
-        combination_at(axes, best),
-        float(margin),
-        float(margin_in_errors),
-    )
 
 
 def _warn_of_idle(result: GridTestResult) -> None:
@@ -395,6 +221,6 @@ def grid_test(
         "which precedes any update",
         f"{losses[0, 0]} for all",
     )
-    result = _compare(losses, ladder, axes)
+    result = compare(losses, ladder, axes)
     _warn_of_idle(result)
     return result

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from optax_superconv import _checks
-from optax_superconv.finders._grid_test import (
+from optax_superconv.finders._grid_results import (
     GridTestResult,
     combination_at,
     named,
