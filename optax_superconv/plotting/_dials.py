@@ -113,7 +113,7 @@ def _dry_run(tx: Any, total_steps: int, params: Any) -> tuple[np.ndarray, Curves
         state = tx.init(zeros)
     except Exception as error:
         if params is None:
-            error.add_note("Give `params` if the optimizer depends on their labels.")
+            error.add_note("Labels depend on the parameters: give `params`.")
         raise
     entries = list(_records.entries_in(_records.places_in(state)))
     if not any(entry.is_dial for entry in entries):
