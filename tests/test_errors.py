@@ -399,7 +399,7 @@ BAD_VALUES = [
     ),
     (
         lambda: osc.plotting.plot_schedule({}, 10),
-        "schedule_or_mapping",
+        "dials",
         "at least one",
         "none",
     ),
@@ -645,7 +645,7 @@ BAD_TYPES = [
     (lambda: run(eval_fn=1.0), "eval_fn", "float"),
     (lambda: run(eval_fn=lambda s: None), "eval_fn", "NoneType"),
     (lambda: suggest(method=3), "method", "int"),
-    (lambda: osc.plotting.plot_schedule(0.1, 10), "schedule_or_mapping", "float"),
+    (lambda: osc.plotting.plot_schedule(0.1, 10), "dials", "float"),
     (lambda: osc.plotting.plot_range_test(0.1), "result", "float"),
     (lambda: osc.label_by_path(["ab"]), "rules", "'ab'"),
     (lambda: osc.label_by_path([(3, 0)]), "rules", "int"),

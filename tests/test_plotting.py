@@ -62,6 +62,148 @@ def test_each_schedule_of_a_mapping_has_its_own_axis():
         assert box.x1 <= 1.001
 
 
+# --- the dials of an optimizer --------------------------------------------------------
+
+
+RATE = np.asarray(cycle(np.arange(50)))
+
+
+def drawn(ax):
+    """The lines by label, of all y-axes."""
+    lines = [line for axes in ax.figure.axes for line in axes.get_lines()]
+    return {line.get_label(): line.get_ydata() for line in lines}
+
+
+def grouped(multipliers):
+    """Groups of a leaf each, and their parameters."""
+    labels = {str(label): label for label in multipliers}
+    tx = osc.scale_by_learning_rate(cycle, multipliers=multipliers, param_labels=labels)
+    return tx, {name: np.zeros((3, 3)) for name in labels}
+
+
+def test_draws_what_every_update_of_an_optimizer_applies():
+    ax = osc.plotting.plot_schedule(osc.onecycle_sgd(1.0, 50), 50)
+    lines = drawn(ax)
+    np.testing.assert_allclose(lines["learning_rate"], RATE, rtol=1e-5)
+    momentum = osc.onecycle_momentum_schedule(50)(np.arange(50))
+    np.testing.assert_allclose(lines["momentum"], momentum, rtol=1e-5)
+    labels = [axes.get_ylabel() for axes in ax.figure.axes]
+    assert labels == ["learning_rate", "momentum"]
+    np.testing.assert_array_equal(ax.get_lines()[0].get_xdata(), np.arange(50))
+
+
+def test_draws_the_steps_that_it_shows_after_all_before_them():
+    schedule = optax.linear_schedule(0.0, 9999.0, 9999)
+    (line,) = osc.plotting.plot_schedule(osc.sgd(schedule), 10_000).get_lines()
+    assert len(line.get_xdata()) == 2001
+    np.testing.assert_allclose(line.get_ydata(), line.get_xdata(), atol=0.01)
+
+
+def test_steps_of_multi_steps_are_micro_steps():
+    tx = optax.MultiSteps(osc.scale_by_learning_rate(cycle), 2)
+    (line,) = osc.plotting.plot_schedule(tx, 9).get_lines()
+    applied = RATE[[0, 0, 0, 1, 1, 2, 2, 3, 3]]  # Before the first, that of step 0.
+    np.testing.assert_allclose(line.get_ydata(), applied, rtol=1e-5)
+
+
+def test_groups_of_a_dial_share_an_axis():
+    tx, params = grouped({0: 0.25, 1: 0.5, 2: 1.0})
+    ax = osc.plotting.plot_schedule(tx, 50, params=params)
+    assert len(ax.figure.axes) == 1
+    lines = drawn(ax)
+    assert sorted(lines) == [f"learning_rate/{k}" for k in range(3)]
+    np.testing.assert_allclose(lines["learning_rate/1"], RATE / 2, rtol=1e-5)
+    assert legend_of(ax) == [f"learning_rate/{k}" for k in range(3)]
+
+
+def test_a_rate_that_no_group_has_is_drawn_beside_them():
+    tx, params = grouped({0: 0.25, 1: 0.5})
+    lines = drawn(osc.plotting.plot_schedule(tx, 50, params=params))
+    np.testing.assert_allclose(lines["learning_rate"], RATE, rtol=1e-5)
+
+
+def test_of_many_groups_the_first_and_the_last_are_named():
+    tx, params = grouped({k: 0.95 ** (11 - k) for k in range(12)})
+    ax = osc.plotting.plot_schedule(tx, 50, params=params)
+    assert len({str(line.get_color()) for line in ax.get_lines()}) == 12
+    assert legend_of(ax) == ["learning_rate/0", "learning_rate/11"]
+
+
+@pytest.mark.parametrize(("factor", "scale"), [(0.9, "linear"), (0.01, "log")])
+def test_groups_far_apart_are_drawn_in_the_logarithm(factor, scale):
+    tx, params = grouped({0: factor, 1: 1.0})
+    ax = osc.plotting.plot_schedule(tx, 50, params=params)
+    assert ax.get_yscale() == scale
+    low, high = ax.get_ylim()
+    assert low < factor * RATE.max() < 1 < high
+
+
+def test_what_is_frozen_is_not_drawn():
+    labels = {"body": "body", "head": "head", "stem": "stem"}
+    tx = osc.gradual_unfreezing(
+        osc.sgd(cycle), {"body": 20, "head": 0, "stem": None}, labels
+    )
+    params = {name: np.zeros(2) for name in labels}
+    lines = drawn(osc.plotting.plot_schedule(tx, 50, params=params))
+    body = np.concatenate([np.full(20, np.nan), RATE[:30]])
+    np.testing.assert_allclose(lines["learning_rate/body"], body, rtol=1e-5)
+    np.testing.assert_allclose(lines["learning_rate/head"], RATE, rtol=1e-5)
+    assert "learning_rate/stem" not in lines
+
+
+def test_stand_ins_keep_the_leading_axis_and_the_number_of_axes():
+    shapes = {"layers": (3, 10**6, 10**6), "norm": (5,), "head": (7, 10**6)}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, np.float16) for name, shape in shapes.items()
+    }
+    seen = []
+
+    def labels(params):
+        seen.append(jax.tree.map(lambda x: (x.shape, str(x.dtype)), params))
+        return jax.tree.map(np.ndim, params)
+
+    tx = osc.scale_by_learning_rate(
+        cycle,
+        multipliers={3: np.array([0.2, 0.5, 1.0]), 2: 0.8, 1: 0.4},
+        param_labels=labels,
+    )
+    lines = drawn(osc.plotting.plot_schedule(tx, 50, params=params))
+    small = {"layers": (3, 1, 1), "norm": (5,), "head": (7, 1)}
+    assert seen[0] == {name: (shape, "float32") for name, shape in small.items()}
+    np.testing.assert_allclose(lines["learning_rate/3[1]"], RATE / 2, rtol=1e-5)
+    np.testing.assert_allclose(lines["learning_rate/1"], 0.4 * RATE, rtol=1e-5)
+
+
+def test_a_dial_that_never_moves_stands_in_the_title():
+    tx = osc.sgd(cycle, 0.9, weight_decay=0.01)
+    ax = osc.plotting.plot_schedule(tx, 50)
+    assert sorted(ax.get_title().split(", ")) == [
+        "momentum = 0.9",
+        "weight_decay = 0.01",
+    ]
+    assert [axes.get_ylabel() for axes in ax.figure.axes] == ["learning_rate"]
+
+
+def test_a_constant_rate_is_drawn():
+    ax = osc.plotting.plot_schedule(osc.sgd(0.5), 10)
+    np.testing.assert_array_equal(drawn(ax)["learning_rate"], 0.5)
+
+
+def test_an_optimizer_without_dials_is_refused():
+    with pytest.raises(ValueError, match=r"`dials` must .*osc\.adamw.*ScaleByAdam"):
+        osc.plotting.plot_schedule(optax.adam(0.1), 10)
+
+
+def test_says_that_labels_need_the_parameters():
+    tx, _ = grouped({0: 0.5})
+    with pytest.raises(ValueError, match="label") as error:
+        osc.plotting.plot_schedule(tx, 10)
+    assert "`params`" in error.value.__notes__[0]
+
+
+# --- range tests ----------------------------------------------------------------------
+
+
 def noisy(seed=0, shift=0.0, noise=0.05):
     """Losses that fall from 2 to 1 at a rate of 1e-3, and explode above 1."""
     x, rng = np.linspace(-6, 1, 100), np.random.default_rng(seed)
