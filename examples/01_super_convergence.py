@@ -191,12 +191,12 @@ def main():
         run = functools.partial(train, make_tx, epochs=epochs, data=data)
         rate, tuning_steps = peak, sum(len(test.losses) for test in tests)
         if arm != "one-cycle":
-            scores = {}
+            scores = []
             for rate in track(grid, f"{arm}, tuning"):
                 tuning = range(100, 100 + tuning_seeds)
                 ends = [run(rate, seed, held_out=validation)[-1] for seed in tuning]
-                scores[rate] = np.mean(ends)
-            rate = max(grid, key=scores.get)
+                scores.append(np.mean(ends))
+            rate = grid[np.argmax(scores)]
             tuning_steps = len(grid) * tuning_seeds * epochs * EPOCH
         reported = track(range(seeds), arm)
         curves = np.stack([run(rate, seed, held_out=test) for seed in reported])

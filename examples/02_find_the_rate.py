@@ -106,6 +106,10 @@ def make_training(make_tx, train, test):
     return accuracies
 
 
+def make_two_rates(pair):
+    return osc.sgd(lambda count: jnp.where(jnp.asarray(count) < 100, *pair))
+
+
 def spread(values):
     return f"{values.mean():.1f} ± {values.std(ddof=len(values) > 1):.1f}"
 
@@ -189,9 +193,7 @@ def main():
         f"best weight decay at climbing rates: {grid.best['weight_decay']:g}, by "
         f"{grid.margin:.3f} ({grid.margin_in_errors:.1f} standard errors)"
     )
-    two_rates = make_training(
-        lambda pair: osc.sgd(lambda count: jnp.where(count < 100, *pair)), train, test
-    )
+    two_rates = make_training(make_two_rates, train, test)
     at, above, small = threshold.threshold, threshold.suggested_rate, 0.01
     for name, num_steps, pair in (
         ("at the threshold", 100, (at, at)),
