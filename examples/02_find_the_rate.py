@@ -14,6 +14,7 @@ import itertools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
@@ -58,11 +59,6 @@ def accuracy(params, data):
     return (nnx.merge(GRAPH, params)(data[0]).argmax(-1) == data[1]).mean()
 
 
-def sgd(learning_rate, weight_decay=0.0):
-    decay = optax.add_decayed_weights(weight_decay)
-    return optax.chain(decay, optax.sgd(learning_rate, 0.9, nesterov=True))
-
-
 def update(tx, state, batch):
     params, opt_state = state
     loss, grads = jax.value_and_grad(loss_fn)(params, batch)
@@ -70,19 +66,9 @@ def update(tx, state, batch):
     return (optax.apply_updates(params, updates), opt_state), loss
 
 
-@jax.jit
-def step_fn(state, learning_rate, batch):
-    return update(sgd(learning_rate), state, batch)
-
-
-@jax.jit
-def grid_step_fn(state, hyperparams, batch):
-    return update(sgd(**hyperparams), state, batch)
-
-
-def start(seed):
+def start(tx, seed):
     params = init(seed)
-    return params, sgd(1.0).init(params)
+    return params, tx.init(params)
 
 
 def load_data():
@@ -102,31 +88,30 @@ def stacked_batches(data, seed, num_steps):
     return tuple(array[indices] for array in data)
 
 
-def make_one_cycle(train, test, num_steps):
-    """``(rate, seeds) -> test accuracies (%)`` after one cycle."""
+def make_training(make_tx, train, test):
+    """``(rate, seeds, num_steps) -> test accuracies (%)``."""
 
     @jax.jit
     def run(rate, params, batches):
-        tx = osc.onecycle_sgd(rate, num_steps)
-        start = params, tx.init(params)
+        tx = make_tx(rate)
         body = functools.partial(update, tx)
-        (params, _), _ = jax.lax.scan(body, start, batches)
+        (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), batches)
         return accuracy(params, test)
 
-    def accuracies(rate, seeds):
+    def accuracies(rate, seeds, num_steps):
+        rate = np.asarray(rate, np.float32)
         arms = ((init(s), stacked_batches(train, s, num_steps)) for s in seeds)
-        return 100 * np.array([run(np.float32(rate), *arm) for arm in arms])
+        return 100 * np.array([run(rate, *arm) for arm in arms])
 
     return accuracies
 
 
-def train_at(rates, train, test, seed):
-    """Test accuracy (%) after a step at each of these rates."""
-    state = start(seed)
-    batches = zip(*stacked_batches(train, seed, len(rates)), strict=True)
-    for rate, batch in zip(np.asarray(rates, np.float32), batches, strict=True):
-        state, _ = step_fn(state, rate, batch)
-    return 100 * accuracy(state[0], test)
+def make_two_rates(pair):
+    return osc.sgd(lambda count: jnp.where(jnp.asarray(count) < 100, *pair))
+
+
+def spread(values):
+    return f"{values.mean():.1f} ± {values.std(ddof=len(values) > 1):.1f}"
 
 
 def draw(tests, threshold, grid, rates, scores, suggestions, path):
@@ -137,8 +122,7 @@ def draw(tests, threshold, grid, rates, scores, suggestions, path):
     axes[0, 1].set_title("Convergence threshold and regimes")
     osc.plotting.plot_grid(grid, axes[1, 0])
     axes[1, 0].set_title("Range test per weight decay")
-    mean, spread = scores.mean(1), scores.std(1)
-    axes[1, 1].errorbar(rates, mean, spread, color="0.5", label="grid")
+    axes[1, 1].errorbar(rates, scores.mean(1), scores.std(1), color="0.5", label="grid")
     for k, (name, rate) in enumerate(suggestions.items()):
         axes[1, 1].axvline(rate, color=f"C{k}", linestyle="--", label=name)
     labels = {"xlabel": "peak rate", "ylabel": "test accuracy (%)"}
@@ -160,15 +144,27 @@ def main():
         jax.config.update("jax_disable_most_optimizations", True)  # Compiles faster.
     train, test = load_data()
 
+    # The finders set the rate, and the grid the decay: these numbers never act.
+    tx, decayed = osc.sgd(0.1), osc.sgd(0.1, weight_decay=0.1, mask=None)
+    step_fn = jax.jit(functools.partial(update, tx))
+    decayed_step_fn = jax.jit(functools.partial(update, decayed))
+    batches = [stacked_batches(train, s, 100) for s in range(repeats)]
     tests = [
-        osc.range_test(step_fn, start(s), stacked_batches(train, s, 100))
+        osc.range_test(step_fn, start(tx, s), batches[s], stacked=True)
         for s in range(repeats)
     ]
-    batches = stacked_batches(train, 0, 100)
-    threshold = osc.convergence_threshold(step_fn, start(0), batches, num_steps=100)
+    threshold = osc.convergence_threshold(
+        step_fn, start(tx, 0), batches[0], num_steps=100, stacked=True
+    )
     sharpness = osc.sharpness(loss_fn, init(0), train)
     limit = osc.stability_limit(sharpness, optimizer="nesterov", momentum=0.9)
-    grid = osc.grid_test(grid_step_fn, start(0), batches, {"weight_decay": DECAYS})
+    grid = osc.grid_test(
+        decayed_step_fn,
+        start(decayed, 0),
+        batches[0],
+        {"weight_decay": DECAYS},
+        stacked=True,
+    )
     low, high = osc.suggest_interval(tests)
     suggestions = {
         "knee, median of the repeats": osc.suggest_learning_rate(tests),
@@ -180,35 +176,34 @@ def main():
         "curvature limit at the start": float(limit),
     }
 
-    one_cycle = make_one_cycle(train, test, num_steps)
-    scores = np.array([one_cycle(rate, seeds) for rate in rates])
+    make_tx = functools.partial(osc.onecycle_sgd, total_steps=num_steps)
+    one_cycle = make_training(make_tx, train, test)
+    scores = np.array([one_cycle(rate, seeds, num_steps) for rate in rates])
     table = Table(title=f"One cycle of {num_steps} steps, {len(seeds)} seeds")
     for column in ("peak", "rate", "test accuracy (%)", f"rank in {len(rates)} rates"):
         table.add_column(column)
     ends = {"best of the grid": rates[scores.mean(1).argmax()], "its lowest": rates[0]}
     for name, rate in (suggestions | ends).items():
-        found = one_cycle(rate, seeds)
+        found = one_cycle(rate, seeds, num_steps)
         rank = 1 + int(np.sum(scores.mean(1) > found.mean()))
-        spread = f"{found.mean():.1f} ± {found.std(ddof=len(seeds) > 1):.1f}"
-        table.add_row(name, f"{rate:.3g}", spread, f"{rank}")
+        table.add_row(name, f"{rate:.3g}", spread(found), f"{rank}")
     console = Console()
     console.print(table)
     console.print(
         f"best weight decay at climbing rates: {grid.best['weight_decay']:g}, by "
         f"{grid.margin:.3f} ({grid.margin_in_errors:.1f} standard errors)"
     )
-    at, small = [threshold.threshold] * 100, [0.01] * 100
-    above = [threshold.suggested_rate] * 100
-    for name, arm in {
-        "at the threshold": at,
-        "at the threshold, then at 0.01": at + small,
-        "at 1.5 times the threshold": above,
-        "at 1.5 times the threshold, then at 0.01": above + small,
-        "at 0.01 all along": small + small,
-    }.items():
-        found = np.array([train_at(arm, train, test, seed) for seed in seeds])
-        spread = f"{found.mean():.1f} ± {found.std(ddof=len(seeds) > 1):.1f}"
-        console.print(f"{spread} % after {len(arm)} steps {name}")
+    two_rates = make_training(make_two_rates, train, test)
+    at, above, small = threshold.threshold, threshold.suggested_rate, 0.01
+    for name, num_steps, pair in (
+        ("at the threshold", 100, (at, at)),
+        ("at the threshold, then at 0.01", 200, (at, small)),
+        ("at 1.5 times the threshold", 100, (above, above)),
+        ("at 1.5 times the threshold, then at 0.01", 200, (above, small)),
+        ("at 0.01 all along", 200, (small, small)),
+    ):
+        found = two_rates(pair, seeds, num_steps)
+        console.print(f"{spread(found)} % after {num_steps} steps {name}")
     path = args.out / "02_find_the_rate.png"
     draw(tests, threshold, grid, rates, scores, suggestions, path)
     console.print(f"picture: {path}")

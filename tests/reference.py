@@ -117,6 +117,41 @@ def sgdr(count, max_value, min_value, first_cycle, mult):
     return cosine(max_value, min_value, count / length)
 
 
+def torch_warm_restarts(count, base, eta_min, t_0, t_mult):
+    """PyTorch's CosineAnnealingWarmRestarts after ``count`` steps, by its counters."""
+    t_cur, t_i = 0, t_0
+    for _ in range(count):
+        t_cur += 1
+        if t_cur >= t_i:
+            t_cur, t_i = t_cur - t_i, t_i * t_mult
+    return eta_min + (base - eta_min) * (1 + math.cos(math.pi * t_cur / t_i)) / 2
+
+
+def torch_swalr(count, lr, swa_lr, anneal_epochs, anneal_strategy="cos"):
+    """PyTorch's SWALR after ``count`` steps: undoes its last step, then takes the next.
+
+    Its rate starts from what it finds in the optimizer, ``lr``.
+    """
+
+    def alpha(step):
+        t = max(0.0, min(1.0, step / anneal_epochs))
+        return t if anneal_strategy == "linear" else (1 - math.cos(math.pi * t)) / 2
+
+    for step in range(1, count + 1):
+        old, new = alpha(step - 1), alpha(step)
+        first = swa_lr if old == 1 else (lr - old * swa_lr) / (1 - old)
+        lr = swa_lr * new + first * (1 - new)
+    return lr
+
+
+def transformers_cosine(count, lr, total, warmup, num_cycles=0.5):
+    """The rate of transformers' get_cosine_schedule_with_warmup."""
+    if count < warmup:
+        return lr * count / warmup
+    progress = (count - warmup) / (total - warmup)
+    return lr * max(0.0, 0.5 * (1 + math.cos(math.pi * num_cycles * 2 * progress)))
+
+
 def swa_schedule(count, start, lr, swa_lr):
     """Izmailov et al. (2018): flat for half, then linear to ``swa_lr`` by 90 %."""
     t, r = count / start, swa_lr / lr
