@@ -16,7 +16,7 @@ import numpy as np
 
 from optax_superconv import _settings
 from optax_superconv._numerics import is_array
-from optax_superconv.finders import _copies, _runs, _steps
+from optax_superconv.finders import _acts, _copies, _runs, _steps
 from optax_superconv.finders._steps import RATE, Form
 
 Values = dict[str, np.ndarray]  # (members,) float32, constant hyperparameters by name
@@ -28,7 +28,7 @@ class Members(NamedTuple):
     Attributes:
       advance: ``(rung, batches, alive) -> losses``, a list for each of the batches of
         at least one loss per member. Those that are not alive have diverged.
-      check: ``(rungs)``: raises if after so many the rate did not act.
+      check: ``(rungs)``: raises if after so many at most the rate did not act.
     """
 
     advance: Callable[[int, list[Any], np.ndarray], Any]
@@ -55,7 +55,7 @@ class _Watch:
     ) -> None:
         self.form, self.values, self.ladder = form, values, ladder
         self.knobs = _steps.knobs_in(state)
-        self.counted = _steps.micro_steps(state)
+        self.counted = _acts.micro_steps(state)
         names = [*values] + [RATE] * (ladder is not None)
         if form.in_state:
             _steps.check_dials(state, self.knobs, names)
@@ -77,23 +77,23 @@ class _Watch:
 
     def look(self, result: Any, other: Any) -> None:
         """Takes the same step at another rate for an answer."""
-        self.looks = not _steps.react(result, other)
+        self.looks = not _acts.react(result, other)
 
     def compare(self, state: Any, rung: int, members: Any = ...) -> None:
         """Raises if the state of a run, or of all, has applied anything else."""
         wanted = {name: column[members, None] for name, column in self.values.items()}
         if self.ladder is not None:
             wanted[RATE] = self.ladder[: rung + 1]
-        _steps.check_applied(state, self.knobs, wanted)
+        _acts.check_applied(state, self.knobs, wanted, self.form.in_state)
 
     def count(self, state: Any) -> None:
         """Raises if the first rung was no update of ``optax.MultiSteps``."""
         steps = self.form.accumulation_steps
-        _steps.check_accumulation(self.counted, _steps.micro_steps(state), steps)
+        _acts.check_accumulation(self.counted, _acts.micro_steps(state), steps)
 
     def conclude(self) -> None:
         if self.looks:
-            _steps.check_reacted(self.form.in_state, *self.ends)
+            _acts.check_reacted(self.form.in_state, *self.ends)
 
 
 def one_by_one(
@@ -280,7 +280,6 @@ def train(
     def step_fn(rung: int, batches: list[Any]) -> Any:
         return members.advance(rung, batches, alive)
 
-    rung = 0
     accumulated = form.accumulation_steps
     seen = _runs.dispatch(title, num_steps, source, accumulated, step_fn, progress)
     for rung, values in enumerate(seen):
@@ -290,5 +289,5 @@ def train(
         if not alive.any():
             break
     if np.isfinite(losses[:, 0]).any():  # Otherwise nothing can be told of the rate.
-        members.check(rung + 1)
+        members.check(num_steps)
     return losses

@@ -1,9 +1,7 @@
-"""How do hyperparameters reach the caller's step, and do they act there?
+"""How do hyperparameters reach the caller's step?
 
 They are set in the state that the step is given, as dials of its optimizer, or passed
-to the step as an argument. Either way what is applied must be what was asked for: a
-schedule inside an optimizer multiplies the rate that the optimizer is made with, and a
-step may leave the rate aside.
+to the step as an argument.
 """
 
 from __future__ import annotations
@@ -15,10 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from optax_superconv import _checks, _records, _trees
-from optax_superconv.finders._runs import is_numeric
 
 RATE = "learning_rate"
 
@@ -85,7 +81,7 @@ def form_of(
 # --- where the dials are --------------------------------------------------------------
 
 
-def _walk(
+def walk(
     node: Any, is_wanted: Callable[[Any], bool], path: tuple[int, ...] = ()
 ) -> Iterator[tuple[tuple[int, ...], Any]]:
     """The wanted nodes of a tree, and where they are."""
@@ -93,7 +89,7 @@ def _walk(
         yield path, node
     for k, child in enumerate(_trees.children_of(node)):
         if child is not node:
-            yield from _walk(child, is_wanted, (*path, k))
+            yield from walk(child, is_wanted, (*path, k))
 
 
 def node_at(tree: Any, path: tuple[int, ...]) -> Any:
@@ -119,7 +115,7 @@ def replaced(tree: Any, path: tuple[int, ...], change: Callable[[Any], Any]) -> 
 def knobs_in(state: Any) -> dict[str, Knob]:
     """The dials of a state by name, without those that another one decides."""
     places = _records.places_in(state)
-    found = list(_walk(state, _records.has_record))
+    found = list(walk(state, _records.has_record))
     path_of = {id(node): path for path, node in reversed(found)}
     injected = [
         (path, node.hyperparams)
@@ -154,7 +150,7 @@ def _index_of(key: str, node: Any) -> int:
     raise AssertionError(key)
 
 
-def _recorded(state: Any, knob: Knob) -> Any:
+def recorded(state: Any, knob: Knob) -> Any:
     return _records.dials_of(node_at(state, knob.path))[knob.key]
 
 
@@ -188,7 +184,7 @@ def check_dials(state: Any, knobs: Mapping[str, Knob], names: Iterable[str]) -> 
 def check_precision(state: Any, knobs: Mapping[str, Knob]) -> None:
     """Raises where ``inject_hyperparams`` rounds what it holds to the parameters'."""
     for name, knob in knobs.items():
-        (leaf,) = jax.tree.leaves(_recorded(state, knob))
+        (leaf,) = jax.tree.leaves(recorded(state, knob))
         dtype = jnp.result_type(leaf)
         if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
             raise ValueError(
@@ -248,101 +244,3 @@ def rate_writer(state: Any, knob: Knob, ladder: np.ndarray) -> Callable[..., Any
         return replaced(state, knob.path, change)
 
     return write
-
-
-# --- what acts ------------------------------------------------------------------------
-
-
-def check_applied(
-    state: Any, knobs: Mapping[str, Knob], wanted: Mapping[str, np.ndarray]
-) -> None:
-    """Raises unless the state says that it applied one of the wanted values of each.
-
-    ``wanted`` are (tries,) or (members, tries), the last one being due. An update that
-    was left out, as by ``optax.apply_if_finite``, has an earlier one.
-    """
-    for name, values in wanted.items():
-        if name not in knobs or f"{name}_1" in knobs:
-            continue
-        found = _trees.array_of(_recorded(state, knobs[name]))
-        found = np.asarray(found, np.float64)[..., None]
-        close = np.isclose(found, values, rtol=1e-3, atol=0).any(axis=-1)
-        if not close.all():
-            due = np.broadcast_to(values[..., -1], close.shape)[~close].ravel()[0]
-            raise ValueError(
-                f"`step_fn` must apply the {name} that it is given, here {due:.3g}, got"
-                f" {found[~close].ravel()[0]:.3g} in the state that it returned: a "
-                "schedule inside its optimizer changes it, or another value is set "
-                "there. Leave the dials to the finder: a step (state, batch), without "
-                "`pass_hyperparams`, trains at the values that are set, whatever the "
-                "schedules."
-            )
-
-
-def micro_steps(state: Any) -> list[np.ndarray]:
-    """Of each ``optax.MultiSteps``: its micro-step and its update."""
-    return [
-        np.array([_trees.array_of(node.mini_step), _trees.array_of(node.gradient_step)])
-        for _, node in _walk(state, lambda x: isinstance(x, optax.MultiStepsState))
-    ]
-
-
-def check_accumulation(
-    before: list[np.ndarray], after: list[np.ndarray], accumulation_steps: int
-) -> None:
-    """Raises unless the first rate was held for one update of ``optax.MultiSteps``."""
-    for old, new in zip(before, after, strict=True):
-        micro, update = new.reshape(2, -1) - old.reshape(2, -1)
-        good = np.all(micro == 0) and np.all(update == 1)
-        rule = "the number of micro-steps of which `optax.MultiSteps` makes an update"
-        got = f"{accumulation_steps}, after which it has made {update.max()} updates"
-        got += f" and {new[0].max()} micro-steps"
-        _checks.require(bool(good), "accumulation_steps", rule, got)
-
-
-def _trained(state: Any) -> list[Any]:
-    """The numbers of a state, but for what is recorded of the dials."""
-    nodes = jax.tree.leaves(state, is_leaf=_records.has_record)
-    if any(map(_trees.is_graph_object, nodes)):
-        nodes = _trees.all_leaves(state)
-    leaves: list[Any] = []
-    for node in nodes:
-        if _records.has_record(node):
-            leaves += _trained(getattr(node, "inner_state", ()))
-        elif is_numeric(node) and not jnp.issubdtype(
-            jnp.result_type(node), jax.dtypes.extended
-        ):
-            leaves.append(node)
-    return leaves
-
-
-@jax.jit
-def _differ(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.any((a != b) & ~((a != a) & (b != b)))
-
-
-def react(one: Any, other: Any) -> bool:
-    """Whether the new states and losses of a step at two rates are not the same."""
-    pairs = list(zip(_trained(one), _trained(other), strict=True))
-    pairs.sort(key=lambda pair: np.size(pair[0]))
-    for k in range(0, len(pairs), 32):  # The first ones are small, and will do.
-        differ = [_differ(*pair) for pair in pairs[k : k + 32]]
-        if any(map(bool, differ)):
-            return True
-    return False
-
-
-def check_reacted(in_state: bool, low: float, high: float) -> None:
-    """Raises: every step came out the same at two rates."""
-    where = "in its state" if in_state else "that it is given"
-    remedy = (
-        "Update the parameters with the optimizer of that state, and return both"
-        if in_state
-        else "Make the optimizer of it, or leave the dials to the finder: a step "
-        "(state, batch), without `pass_hyperparams`"
-    )
-    raise ValueError(
-        f"`step_fn` must react to the learning rate {where}, got the same new state at "
-        f"{low:.3g} and at {high:.3g}, at every step: the rate does not reach the "
-        f"update, or all gradients are 0. {remedy}."
-    )

@@ -605,6 +605,26 @@ def test_one_of_two_rates_may_be_passed():
     assert len(find_passed(make_tx).losses) == 20
 
 
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_range_grid_may_diverge_as_a_whole(vectorize):
+    """The steps that are on their way are past those that are told of."""
+
+    def step_fn(state, batch):
+        state, loss = step_of(tx)(state, batch[:2])
+        return state, jnp.where(batch[2] > 12, jnp.nan, loss)
+
+    tx = osc.sgd(0.1)
+    found = osc.grid_test(
+        jax.jit(step_fn),
+        start(tx),
+        [(*BATCHES[0], np.float32(k)) for k in range(20)],
+        {"momentum": [0.5, 0.9]},
+        vectorize=vectorize,
+        **SHORT,
+    )
+    assert found.diverged.all()
+
+
 def test_a_step_that_reacts_late_is_looked_at_again():
     """As one that accumulates gradients by itself."""
 
