@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import optax
@@ -58,9 +58,10 @@ def map_records(
             new = map_records(function, content, more, suffix)
             return node if new is content else _trees.assigned(node, new)
         if isinstance(node, optax.PartitionState):
-            inner = {
-                label: map_records(function, state, more, f"{suffix}/{label}")
-                for label, state in node.inner_states.items()
+            states = cast(dict[Any, Any], node.inner_states)
+            inner = {  # In the order of a pytree's, which a new dict may not have.
+                label: map_records(function, states[label], more, f"{suffix}/{label}")
+                for label in sorted(states)
             }
             return node._replace(inner_states=inner)
         if not is_stop(node):

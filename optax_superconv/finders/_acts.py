@@ -77,19 +77,16 @@ def check_accumulation(
 
 
 def _trained(state: Any) -> list[Any]:
-    """The numbers of a state, but for what is recorded of the dials."""
+    """The numbers of a state, but for those beside a record of dials."""
     nodes = jax.tree.leaves(state, is_leaf=_records.has_record)
     if any(map(_trees.is_graph_object, nodes)):
         nodes = _trees.all_leaves(state)
-    leaves: list[Any] = []
-    for node in nodes:
-        if _records.has_record(node):
-            leaves += _trained(getattr(node, "inner_state", ()))
-        elif is_numeric(node) and not jnp.issubdtype(
-            jnp.result_type(node), jax.dtypes.extended
-        ):
-            leaves.append(node)
-    return leaves
+    return [
+        node
+        for node in nodes
+        if is_numeric(node)
+        and not jnp.issubdtype(jnp.result_type(node), jax.dtypes.extended)
+    ]
 
 
 @jax.jit

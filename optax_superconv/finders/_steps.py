@@ -115,8 +115,7 @@ def replaced(tree: Any, path: tuple[int, ...], change: Callable[[Any], Any]) -> 
 def knobs_in(state: Any) -> dict[str, Knob]:
     """The dials of a state by name, without those that another one decides."""
     places = _records.places_in(state)
-    found = list(walk(state, _records.has_record))
-    path_of = {id(node): path for path, node in reversed(found)}
+    found = list(walk(state, _records.has_record))  # In the order of the places.
     injected = [
         (path, node.hyperparams)
         for path, node in found
@@ -124,8 +123,7 @@ def knobs_in(state: Any) -> dict[str, Knob]:
     ]
     knobs: dict[str, Knob] = {}
     for name, place, key, is_dial in _records.entries_in(places):
-        node = places[place].state
-        path = path_of[id(node)]
+        path, node = found[place]
         decided = any(
             path != above and path[: len(above)] == above and key in names
             for above, names in injected

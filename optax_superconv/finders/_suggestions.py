@@ -40,6 +40,7 @@ class _Curve(NamedTuple):
     losses: np.ndarray  # (n,), as they were
     start: float  # level of the first losses
     noise: float  # standard deviation of a loss
+    steady: np.ndarray  # (n,), the values without losses that stand alone
 
 
 def _climb(losses: np.ndarray, start: float, noise: float, after: int) -> int | None:
@@ -98,23 +99,23 @@ def smooth_curve(result: RangeTestResult, *, bandwidth: float | None = None) -> 
     determinant = s0 * s2 - s1**2
     to_values = kernel * (s2 - s1 * distance) / determinant
     to_slopes = kernel * (s0 * distance - s1) / determinant
-    values = to_values @ capped
-    # Few losses that lie apart are no noise between neighbours, and may look a fall.
-    spread = max(noise, float(np.std(capped - values)))
+    ends = np.pad(capped, 1, mode="edge")
+    middle = np.median([ends[:-2], ends[1:-1], ends[2:]], axis=0)
     return _Curve(
         log_rates,
-        values,
+        to_values @ capped,
         to_slopes @ capped,
-        spread * np.sqrt((to_values**2).sum(axis=1)),
+        noise * np.sqrt((to_values**2).sum(axis=1)),
         losses,
         start,
         noise,
+        to_values @ middle,
     )
 
 
 def _why(result: RangeTestResult, curve: _Curve, doubt: float) -> str:
     """What a curve without a fall is, and what to do."""
-    rises = np.flatnonzero(curve.values > curve.values[0] + doubt)
+    rises = np.flatnonzero(curve.steady > curve.steady[0] + doubt)
     if not rises.size and not result.diverged:
         return (
             "one that is flat up to the highest rate: run the range test with a higher "
@@ -180,7 +181,8 @@ def _read(result: RangeTestResult, curve: _Curve, method: Method) -> float:
     fall = values[highest] - values[lowest]
     doubt = 5 * np.hypot(curve.errors[highest], curve.errors[lowest])
     doubt = max(doubt, 1e-6 * np.abs(values).max())
-    if not fall > doubt:
+    steady = curve.steady[highest] - curve.steady[lowest]
+    if not min(fall, steady) > doubt:
         why = _why(result, curve, doubt)
         raise ValueError(f"`result` must be a curve with a fall in it, got {why}.")
     if method == "minimum":

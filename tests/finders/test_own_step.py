@@ -102,7 +102,8 @@ OWN = {
         0.1, multipliers={0: 0.5, 1: 2.0}, param_labels={"in": 0, "bias": 0, "out": 1}
     ),
     "inject_hyperparams": inject(optax.adamw)(1e-3),
-    "inject_hyperparams around ours": inject(
+    "inject_hyperparams around ours": inject(osc.adamw)(1e-3),
+    "inject_hyperparams around a cycle": inject(
         osc.onecycle_adamw, static_args=("total_steps",)
     )(0.1, total_steps=30),
     "clipped": optax.chain(optax.clip_by_global_norm(0.1), osc.adamw(1e-3)),
@@ -286,6 +287,26 @@ def test_nnx_objects_that_are_no_pytrees_are_copied_too():
     np.testing.assert_allclose(opaque.losses, plain.losses, rtol=1e-6)
 
 
+class _Holder(nnx.Module):
+    """Keeps a whole state in one Variable."""
+
+    def __init__(self, state):
+        self.state = nnx.Variable(state)
+
+
+def test_a_variable_may_hold_a_whole_state():
+    tx = osc.onecycle_adamw(0.1, 30)
+    step = jax.jit(step_of(tx))
+
+    def step_fn(holder, batch):
+        state, loss = step(holder.state.get_value(), batch)
+        holder.state.set_value(state)
+        return holder, loss
+
+    result = osc.range_test(step_fn, _Holder(start(tx)), BATCHES, **SHORT)
+    np.testing.assert_allclose(result.losses, bare(tx, LADDER), rtol=1e-6)
+
+
 class _LinenNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
@@ -390,6 +411,7 @@ def test_a_step_under_shard_map_on_eight_devices():
         return (optax.apply_updates(params, updates), opt_state), loss
 
     state = jax.device_put(start(tx), NamedSharding(mesh, PartitionSpec()))
+    step_fn(state, BATCHES[0])
     result = osc.range_test(step_fn, state, BATCHES, **SHORT)
     alone = osc.range_test(jax.jit(step_of(tx)), start(tx), BATCHES, **SHORT)
     np.testing.assert_allclose(result.losses, alone.losses, rtol=1e-4)
@@ -447,6 +469,12 @@ class _Loop:
         return state, train_step(*self.state, batch)
 
 
+def forgetful(state, batch):
+    """Has a leaf that is no number, and never changes."""
+    return state, loss_fn(state[0], batch)
+
+
+MICRO = optax.MultiSteps(osc.sgd(0.1), 2).gradient_transformation()
 LABELS = {"in": "a", "bias": "a", "out": "b"}
 IDLE = {
     "no dial": (
@@ -507,6 +535,27 @@ IDLE = {
         ),
         "`accumulation_steps` must be the number of micro-steps",
     ),
+    "micro-steps that begin the next update": (
+        lambda: find(
+            optax.MultiSteps(osc.sgd(0.1), 2).gradient_transformation(),
+            accumulation_steps=3,
+        ),
+        "`accumulation_steps` must be the number of micro-steps",
+    ),
+    "micro-steps together": (
+        lambda: osc.grid_test(
+            step_of(MICRO), start(MICRO), BATCHES, {"momentum": [0.1]}, vectorize=True
+        ),
+        "`accumulation_steps` must be the number of micro-steps",
+    ),
+    "passed, in bfloat16": (
+        lambda: find_passed(
+            lambda learning_rate: optax.inject_hyperparams(
+                optax.adamw, hyperparam_dtype=jnp.bfloat16
+            )(learning_rate)
+        ),
+        "in float32, got bfloat16.*hyperparam_dtype",
+    ),
     "passed, with a schedule": (
         lambda: find_passed(
             lambda learning_rate: osc.onecycle_adamw(learning_rate, 1000)
@@ -552,6 +601,29 @@ IDLE = {
             mode="constant",
         ),
         "apply the learning_rate",
+    ),
+    "grid of which one value is overwritten": (
+        lambda: osc.grid_test(
+            resetting,
+            start(osc.sgd(0.1)),
+            BATCHES,
+            {"learning_rate": [0.01, 0.2]},
+            mode="constant",
+            vectorize=True,
+        ),
+        "apply the learning_rate that it is given, here 0.2, got 0.01",
+    ),
+    "nothing but a NaN": (
+        lambda: osc.range_test(
+            forgetful,
+            (
+                make_params() | {"x": jnp.float32(np.nan)},
+                inject(optax.sgd)(0.1).init(0.0),
+            ),
+            BATCHES,
+            **SHORT,
+        ),
+        "react to the learning rate in its state",
     ),
     "grid together": (
         lambda: osc.grid_test(
@@ -600,7 +672,7 @@ def test_a_schedule_that_the_state_does_not_record_is_told_by_nothing_else():
 
 def test_one_of_two_rates_may_be_passed():
     def make_tx(learning_rate):
-        return optax.chain(osc.sgd(learning_rate), osc.sgd(-1.0))
+        return optax.chain(osc.sgd(-1.0), osc.sgd(learning_rate))
 
     assert len(find_passed(make_tx).losses) == 20
 
@@ -864,14 +936,29 @@ def test_few_batches_that_take_turns_are_flat(period, method):
             osc.suggest_learning_rate(result, method=method)
 
 
-@pytest.mark.parametrize("digits", [1, 2])
-def test_losses_of_few_digits_are_flat(digits):
+@pytest.mark.parametrize("method", ["knee", "valley", "minimum"])
+@pytest.mark.parametrize("seed", range(5))
+def test_few_losses_that_stand_alone_are_flat(seed, method):
+    """As rounding leaves them, or a bad batch in twenty."""
+    rates, rng = np.geomspace(1e-6, 10, 100), np.random.default_rng(seed)
+    for size in (0.2, 1.0, 3.0):
+        losses = 2.3 + 0.1 * np.round(size * rng.normal(size=100))
+        result = osc.RangeTestResult(rates, losses, losses, False)
+        with pytest.raises(ValueError, match="is flat"):
+            osc.suggest_learning_rate(result, method=method)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.95])
+def test_a_fall_without_noise_that_swings_back_is_no_noise(momentum):
+    w, trace, losses = 0.0, 0.0, []
     rates = np.geomspace(1e-6, 10, 100)
-    noise = np.random.default_rng(0).normal(size=100)
-    losses = np.round(2.3 + 0.3 * 0.1**digits * noise, digits)
-    result = osc.RangeTestResult(rates, losses, losses, False)
-    with pytest.raises(ValueError, match="is flat"):
-        osc.suggest_learning_rate(result)
+    for rate in rates:  # A parabola.
+        losses.append((w - 1) ** 2)
+        trace = momentum * trace + 2 * (w - 1)
+        w -= rate * trace
+    result = osc.RangeTestResult(rates, np.array(losses), np.array(losses), True)
+    for method in ("knee", "valley", "steepest", "minimum"):
+        assert 1e-4 < osc.suggest_learning_rate(result, method=method) < 1
 
 
 def test_a_plateau_at_the_start_has_one_remedy():
