@@ -15,15 +15,11 @@ BENCHMARKS = [
     for path in sorted((ROOT / "benchmarks").glob("*.py"))
     if path.stem not in ("data", "harness", "networks", "tasks")
 ]
-OTHERS = [*EXAMPLES[1:], *BENCHMARKS]  # The demo alone is among the fast tests.
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [EXAMPLES[0], *(pytest.param(p, marks=pytest.mark.slow) for p in OTHERS)],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [*EXAMPLES, *BENCHMARKS], ids=lambda path: path.stem)
 def test_smoke(path, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(path.parent))
     monkeypatch.setattr(sys, "argv", [str(path), "--smoke", "--out", str(tmp_path)])

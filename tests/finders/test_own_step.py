@@ -116,7 +116,16 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+FAST = ("schedule", "sgd of groups", "inject_hyperparams", "cooling down", "unfreezing")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+        for name in OWN
+    ],
+)
 def test_the_rate_of_the_ladder_is_what_trains(name):
     tx = OWN[name]
     state = start(tx)
@@ -156,7 +165,9 @@ def test_a_step_is_traced_once_and_may_donate():
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
-@pytest.mark.parametrize("mode", ["range", "constant"])
+@pytest.mark.parametrize(
+    "mode", ["range", pytest.param("constant", marks=pytest.mark.slow)]
+)
 def test_a_grid_sets_every_dial(vectorize, mode):
     grid = {"weight_decay": [0.0, 0.3], "b1": [0.5, 0.95]}
     options = dict(SHORT) if mode == "range" else {"num_steps": 20}
@@ -347,7 +358,9 @@ def linen_state(tx, dtype=jnp.float32):
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
+)
 def test_a_linen_train_state_with_clipping_and_micro_steps(dtype):
     clipped = optax.chain(optax.clip_by_global_norm(1.0), osc.onecycle_adamw(0.1, 99))
     tx = optax.MultiSteps(clipped, 2).gradient_transformation()
@@ -872,6 +885,7 @@ def test_a_ladder_waits_for_the_optimizer():
     assert len(found.losses) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_a_grid_and_a_threshold_accumulate_too(vectorize):
     plain = osc.adamw(0.1)

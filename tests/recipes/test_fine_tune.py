@@ -65,7 +65,7 @@ def b1_at(count):
     return reference.fine_tune_dial(count, 0.95, 0.85, TOTAL, FREEZE, WARMUP, 0.95)
 
 
-@pytest.mark.parametrize("least", [0.0, 0.3])
+@pytest.mark.parametrize("least", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_matches_a_run_of_each_group_in_float64(least):
     history, _ = run(weight_decay=0.2, min_multiplier=least)
     for name in DEPTHS:
@@ -194,6 +194,7 @@ def test_every_option_is_passed_on(freeze_steps):
     chex.assert_trees_all_close(at(ours, after), theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"init_learning_rate": 0.05}, {"shape": "linear"}, {"max_momentum": 0.9},
     {"base_momentum": 0.7}, {"weight_decay": 0.3},
@@ -223,6 +224,7 @@ def test_schedules_of_the_other_dials_follow_the_run():
     assert {float(read[f"weight_decay/{part}"]) for part in ("body", "head")} == {0.5}
 
 
+@pytest.mark.slow
 def test_values_may_be_traced():
     traced, _ = run()
     constant, _ = scan(recipe(), START, GRADS, read=nothing)
@@ -292,6 +294,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", MIXED.values(), ids=MIXED)
 def test_values_of_several_dtypes_work_under_strict_promotion(mixed, x64, strict):
     options = {"peak_learning_rate": np.float32(1e-3)} | mixed

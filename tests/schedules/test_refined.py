@@ -291,6 +291,7 @@ def test_one_trace_and_one_structure_for_a_whole_run():
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(grads[0]))
 
 
+@pytest.mark.slow
 def test_every_way_to_run_it_records_the_same():
     tx, grads = osc.record_gradient_norms(6, ord=2, num_samples=4), random_grads(6)
     eager, _ = record(tx, grads, tx.update)
@@ -364,6 +365,7 @@ def regression(learning_rate, ord, total):
     return optax.tree.get(state, "gradient_norms"), grads, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ord", "optimizer"), [(1, "adam"), (2, "sgd")])
 def test_from_a_run_to_the_schedule_of_the_next(ord, optimizer):
     norms, grads, _ = regression(0.1, ord, 200)
