@@ -118,7 +118,13 @@ def check_step(before: tuple[dict[str, str], Any], result: Any) -> None:
     """Raises unless a step returned a real loss and a state laid out as ``before``."""
     wanted = "`step_fn` must return a pair (state, loss) with a loss that is"
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"{wanted} a number, got a {type(result).__name__}.")
+        advice = " What it returns beside the loss goes into the state, or is dropped."
+        advice *= isinstance(result, tuple)
+        raise TypeError(f"{wanted} a number, got a {type(result).__name__}.{advice}")
+    if result[1] is None:
+        raise TypeError(
+            f"{wanted} a number, got a loss of type NoneType: does your step return it?"
+        )
     check_loss(wanted, result[1])
     rule = "a function that returns a state like the one it is given"
     leaves, structure = layout(result[0])

@@ -16,6 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_superconv as osc
 
+pytestmark = pytest.mark.slow  # Most of it is compilation.
+
 OPTIMIZERS = ["gd", "heavy_ball", "nesterov", "adam"]
 
 

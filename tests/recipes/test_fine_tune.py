@@ -21,6 +21,8 @@ from flax import nnx
 
 import optax_superconv as osc
 
+pytestmark = pytest.mark.slow  # Most of it is compilation.
+
 PEAK, TOTAL, FREEZE, WARMUP, DECAY = 0.1, 16, 5, 3, 0.4
 DEPTHS = {"stem": 0, "blocks": 1, "head": 2}
 by_path = osc.label_by_path([("stem/.*", 0), ("blocks/.*", 1), ("head/.*", 2)])

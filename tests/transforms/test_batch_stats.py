@@ -21,6 +21,8 @@ from reference import batch_stats
 
 from optax_superconv import recalibrate_batch_stats
 
+pytestmark = pytest.mark.slow  # Most of it is compilation.
+
 SIZES = (7, 3, 7)
 WIDTH = 4
 

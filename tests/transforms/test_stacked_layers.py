@@ -12,6 +12,8 @@ from flax import nnx
 
 import optax_superconv as osc
 
+pytestmark = pytest.mark.slow  # Most of it is compilation.
+
 LAYERS = 12
 FACTORS = osc.layerwise_multipliers(range(LAYERS + 2), 0.75)
 STACKED = {
