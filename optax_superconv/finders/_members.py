@@ -123,7 +123,7 @@ def one_by_one(
         {name: jax.device_put(column[k], place) for name, column in values.items()}
         for k, place in enumerate(places)
     ]
-    climbing = {} if ladder is None else {RATE: list(ladder)}
+    climbing = {} if ladder is None or form.in_state else {RATE: list(ladder)}
     rates = {place: jax.device_put(climbing, place) for place in places}
     before = _runs.layout(states[0])
     writers: list[Callable[..., Any]] = []
@@ -137,13 +137,13 @@ def one_by_one(
                 knob = watch.knobs[RATE]
                 writers.append(_steps.rate_writer(states[k], knob, ladder))
 
-    def elsewhere(k: int, given: dict[str, Any], batch: Any) -> Any:
+    def elsewhere(k: int, rung: int, batch: Any) -> Any:
         """What the member's next step gives at another rate."""
-        rate = watch.other(np.asarray(given[RATE]))
+        rate = watch.other(values[RATE][k] if ladder is None else ladder[rung])
         state = _copies.copy_state(states[k])
         if form.in_state:
             state = _settings.set_hyperparams(state, {RATE: rate})
-        there = given | {RATE: jax.device_put(rate, places[k])}
+        there = fixed[k] | {RATE: jax.device_put(rate, places[k])}
         result = form.step(state, there, batch)
         _runs.settle(result)
         return result
@@ -160,7 +160,7 @@ def one_by_one(
             for j, batch in enumerate(put[places[k]]):
                 probe = None
                 if watch.looks and k == living[0]:
-                    probe = elsewhere(k, given, batch)
+                    probe = elsewhere(k, rung, batch)
                 result = form.step(states[k], given, batch)
                 if rung == j == k == 0:
                     _runs.check_step(before, result)

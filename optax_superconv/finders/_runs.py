@@ -193,6 +193,7 @@ def dispatch(
             )
         pending.append(advance(step, batches))
         if len(pending) == 2 * block:
+            jax.block_until_ready(pending[block - 1])  # Wakes up once, not for each.
             yield from pending[:block]
             del pending[:block]
     yield from pending
