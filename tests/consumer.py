@@ -153,7 +153,8 @@ def find() -> None:
     assert_type(rate, float)
     low, high = osc.suggest_interval([result, result, result])
     assert_type(low, float)
-    decayed = optax.chain(optax.add_decayed_weights(0.0), own)
+    link = osc.scale_by_learning_rate(1.0)
+    decayed = optax.chain(optax.add_decayed_weights(0.0), tx, link)
     grid = osc.grid_test(
         grid_step_fn,
         (params, decayed.init(params)),

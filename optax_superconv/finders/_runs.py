@@ -64,7 +64,8 @@ def noise(losses: np.ndarray) -> float:
     # It is 0 where two batches take turns, or rounding leaves few values; second
     # differences, of which the highest fifth is left out, are not.
     bends = np.sort(np.abs(np.diff(steps)))[: max(1, round(0.8 * (steps.size - 1)))]
-    least = np.sqrt(np.mean(bends**2)) / (0.662 * np.sqrt(6))  # As of normal noise.
+    # Seven tenths of what they say, since more than a fifth may belong to an explosion.
+    least = 0.7 * np.sqrt(np.mean(bends**2)) / (0.662 * np.sqrt(6))
     return float(max(spread, least))
 
 

@@ -955,7 +955,7 @@ def test_few_batches_that_take_turns_are_flat(period, method):
 def test_few_losses_that_stand_alone_are_flat(seed, method):
     """As rounding leaves them, or a bad batch in twenty."""
     rates, rng = np.geomspace(1e-6, 10, 100), np.random.default_rng(seed)
-    for size in (0.4, 1.0, 3.0):
+    for size in (0.7, 1.0, 3.0):
         losses = 2.3 + 0.1 * np.round(size * rng.normal(size=100))
         result = osc.RangeTestResult(rates, losses, losses, False)
         with pytest.raises(ValueError, match="is flat"):
