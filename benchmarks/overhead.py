@@ -179,8 +179,8 @@ def update_arms(optimizers, params, steps, copies=1) -> dict[str, Any]:
     """Each runs ``steps`` jitted updates on from where it stopped.
 
     Where a program and its arrays lie in memory moves its time by some per cent for as
-    long as it lives, so there may be several; and what is made later is slower, by up
-    to a seventh, so they are made in turn, there and back.
+    long as it lives, so there may be several; and what is made later may be slower, so
+    they are made in turn, there and back.
     """
     grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
     made: dict[str, list[Any]] = {arm: [] for arm in optimizers}

@@ -79,13 +79,13 @@ def check_accumulation(
 def _trained(state: Any) -> list[Any]:
     """The numbers of a state, but for those beside a record of dials."""
     nodes = jax.tree.leaves(state, is_leaf=_records.has_record)
-    if any(map(_trees.is_graph_object, nodes)):
-        nodes = _trees.all_leaves(state)
     return [
-        node
+        leaf
         for node in nodes
-        if is_numeric(node)
-        and not jnp.issubdtype(jnp.result_type(node), jax.dtypes.extended)
+        if not _records.has_record(node)
+        for leaf in _trees.all_leaves(node)
+        if is_numeric(leaf)
+        and not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended)
     ]
 
 

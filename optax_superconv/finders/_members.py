@@ -71,7 +71,7 @@ class _Watch:
         self.looks = varied and (form.in_state or not recorded)
 
     def other(self, rate: np.ndarray) -> np.ndarray:
-        """The end of the ladder that is further away."""
+        """The highest rate, or the lowest in place of that."""
         low, high = self.ends
         return np.where(rate == np.float32(high), low, high).astype(np.float32)
 
@@ -168,7 +168,7 @@ def one_by_one(
                 _runs.settle(result)
                 if probe is not None:
                     watch.look(result, probe)
-            if rung == 0 and np.isfinite(_runs.means(losses)[k]):
+            if rung == 0 and all(np.isfinite(float(row[k])) for row in losses):
                 if k == 0:
                     watch.count(states[k])
                 watch.compare(states[k], 0, k)

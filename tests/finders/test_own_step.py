@@ -284,6 +284,11 @@ class _Opaque(nnx.Module, pytree=False):
         return self.inner(x)
 
 
+def opaque_state(tx):
+    model = _Opaque(nnx.Rngs(0))
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
 def test_nnx_objects_that_are_no_pytrees_are_copied_too():
     def state_of(kind):
         model = kind(nnx.Rngs(0))
@@ -625,6 +630,15 @@ IDLE = {
             vectorize=True,
         ),
         "apply the learning_rate that it is given, here 0.2, got 0.01",
+    ),
+    "a module that is no pytree, with another optimizer": (
+        lambda: osc.range_test(
+            lambda state, batch: (state, jnp.mean(state[0](batch[0]))),
+            opaque_state(inject(optax.sgd)(0.1)),
+            BATCHES,
+            **SHORT,
+        ),
+        "react to the learning rate in its state",
     ),
     "nothing but a NaN": (
         lambda: osc.range_test(
