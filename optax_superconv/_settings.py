@@ -21,7 +21,7 @@ from optax_superconv._numerics import joined, split
 from optax_superconv._records import Place
 
 # Of dials, by the first part of their names.
-RULES = {
+_RULES = {
     **dict.fromkeys(("momentum", "b1", "b2"), _checks.DECAY),
     **dict.fromkeys(("weight_decay", "eps", "multiplier"), _checks.NON_NEGATIVE),
 }
@@ -67,7 +67,7 @@ def changed(
 
 def rule_of(name: str) -> _checks.Rule:
     """What the values of a dial must be."""
-    return RULES.get(name.partition("/")[0], _checks.FINITE)
+    return _RULES.get(name.partition("/")[0], _checks.FINITE)
 
 
 def _form(state: Any, key: str) -> tuple[tuple[int, ...], Any]:

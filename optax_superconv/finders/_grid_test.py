@@ -114,8 +114,8 @@ def grid_test(
       batches: As for :func:`range_test`; one is drawn per step and seen by all.
       grid: The values of each hyperparameter by name, such as ``{"weight_decay":
         [1e-4, 1e-3], "b1": [0.8, 0.9]}``: at least one name, each with at least one
-        value. With ``state``, the names are those of :func:`read_hyperparams`. Values
-        are float32, where those of a name differ.
+        value. They are the names of :func:`read_hyperparams`, unless hyperparameters
+        are passed. Values are float32, and those of a name differ in it.
       num_steps: Steps of each member, at least 10 with ``mode="range"``, else at least
         1.
       mode: ``"range"``: the rate climbs from ``min_learning_rate`` to
