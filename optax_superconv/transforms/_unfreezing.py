@@ -48,7 +48,7 @@ def gradual_unfreezing(
     inside ``inner`` count from there, while what trains already goes on undisturbed.
     This is ``optax.partition`` with a state of ``inner`` per label, of constant
     structure: nothing is traced again at a thaw, and a checkpoint of any step loads.
-    Each label costs time (a step with 12 labels takes about 2.5 times as long as with
+    Each label costs time (a step with 12 labels takes 2 to 4 times as long as with
     one), so give one label to all that thaws at the same step.
 
     A frozen leaf keeps every bit, whatever stands before this or inside ``inner``, so
