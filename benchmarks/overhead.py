@@ -7,14 +7,14 @@ On a tree of 576 leaves, 48 blocks of 12, a step takes at most 1.10 times that o
 - of ``adamw``, also while a rate is held, and of ``onecycle_adamw``;
   ``inject_hyperparams`` with the same schedules is there for comparison. An average is
   not free: it reads and writes a copy of the parameters.
-- of both with ``multipliers`` for 48 groups. Optax's Adam with ``scale_by_group`` before
-  Optax's rate is there too, and ``optax.partition`` of an optimizer per group; 1 to 200
-  groups show how it grows.
+- of both with ``multipliers`` for 48 groups. Optax's Adam with ``scale_by_group``
+  before Optax's rate is there too, and ``optax.partition`` of an optimizer per group; 1
+  to 200 groups show how it grows.
 
 ``fine_tune_adamw`` with frozen steps has two optimizers, ``gradual_unfreezing`` a state
-per label, and they are not free: 2, 4 and 12 labels are compared with one. To read or to set a dial between two steps takes milliseconds of the
-host and waits for no step. A range test of 100 steps takes at most 1.05 times the same
-100 jitted steps run bare.
+per label, and they are not free: 2, 4 and 12 labels are compared with one. To read or
+to set a dial between two steps takes milliseconds of the host and waits for no step. A
+range test of 100 steps takes at most 1.05 times the same 100 jitted steps run bare.
 
     python benchmarks/overhead.py [--smoke] [--only TABLE ...] [--out FOLDER]
 
