@@ -99,6 +99,11 @@ def load_cifar10(
     return prepare(*parts["train"]), prepare(*parts["test"])
 
 
+def name_of(path: pathlib.Path) -> str:
+    """Of what ``load_cifar10`` reads there."""
+    return "JPEG CIFAR-10" if path.suffix == ".npz" else "CIFAR-10"
+
+
 def flip_and_shift(key: jax.Array, batch: Batch) -> Batch:
     """Mirrors half of the images, and moves each by up to an eighth of its side."""
     images, labels = batch
@@ -150,3 +155,65 @@ def ill_conditioned(num_rows: int, num_columns: int) -> tuple[np.ndarray, np.nda
     weights = rng.normal(size=num_columns) / scales**0.5
     noise = 0.1 * rng.normal(size=num_rows)
     return features, (features @ weights + noise)[:, None]
+
+
+def markov_chain(num_windows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of symbols, each drawn by the two before it, and those that follow."""
+    rng, size = np.random.default_rng(0), 12
+    chances = rng.dirichlet(np.full(size, 0.1), (size, size)).cumsum(-1)
+    symbols = [0, 1]
+    for draw in rng.random(num_windows * length):
+        ahead = np.searchsorted(chances[symbols[-2], symbols[-1]], draw)
+        symbols.append(min(int(ahead), size - 1))
+    codes = np.asarray(symbols[1:], np.int32)
+    return codes[:-1].reshape(-1, length), codes[1:].reshape(-1, length)
+
+
+def rare_features(num_rows: int, num_columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features of which the k-th is there once in k rows, and one of ten classes."""
+    rng = np.random.default_rng(0)
+    present = rng.random((num_rows, num_columns)) < 1 / np.arange(1, num_columns + 1)
+    features = present * rng.normal(size=present.shape)
+    logits = features @ rng.normal(size=(num_columns, 10)) * 2
+    noise = rng.gumbel(size=logits.shape)
+    return features, (logits + noise).argmax(1).astype(np.int32)
+
+
+def ratings(rows: int, columns: int, rank: int, count: int) -> tuple[Any, Any]:
+    """Some entries of a noisy matrix of low rank, and where they are."""
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, columns))
+    matrix = matrix / np.sqrt(rank) + 0.3 * rng.normal(size=matrix.shape)
+    where = rng.permutation(rows * columns)[:count]
+    pairs = np.stack(np.divmod(where, columns), axis=1).astype(np.int32)
+    return pairs, matrix.ravel()[where]
+
+
+def clicks(num_rows: int, num_fields: int, num_values: int) -> tuple[Any, Any]:
+    """Values of categorical fields, and yes or no by their pairs."""
+    rng = np.random.default_rng(0)
+    values = (num_values * rng.random((num_rows, num_fields)) ** 2).astype(np.int32)
+    factors = rng.normal(size=(num_fields, num_values, 3))
+    chosen = factors[np.arange(num_fields), values]
+    logits = (chosen.sum(1) ** 2 - (chosen**2).sum(1)).sum(-1) / 2
+    noise = rng.logistic(size=num_rows)
+    return values, (logits / logits.std() * 2 + noise > 0).astype(np.int32)
+
+
+def waves(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sines and cosines of points of the plane, and a sum of shorter waves there."""
+    rng = np.random.default_rng(0)
+    points = rng.random((num_rows, 2))
+    angles = 2 * np.pi * np.concatenate([points, 2 * points], axis=1)
+    features = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    frequencies = rng.integers(-4, 5, size=(12, 2))
+    phases = rng.random(12)
+    heights = np.sin(2 * np.pi * (points @ frequencies.T + phases)).sum(1)
+    return features, (heights / heights.std())[:, None]
+
+
+def forces(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points between 0 and 1, and a sum of four sines there, of deviation 1."""
+    points = np.random.default_rng(0).random(num_rows)
+    sines = np.sin(np.pi * points[:, None] * np.arange(1, 5))
+    return points, sines.sum(1) / np.sqrt(2)

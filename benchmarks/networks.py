@@ -133,3 +133,40 @@ class Transformer(nnx.Module):
             x = x + block["attention"](block["norm_1"](x), mask=mask)  # pyright: ignore[reportCallIssue]  # To Flax, a Dict's values are alike.
             x = x + block["mlp"](block["norm_2"](x))
         return self.head(self.norm(x))
+
+
+class GRU(nnx.Module):
+    """One recurrent layer: predicts each next token."""
+
+    def __init__(self, vocabulary: int, width: int, *, rngs: nnx.Rngs):
+        self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.layer = nnx.RNN(nnx.GRUCell(width, width, rngs=rngs))
+        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.head(self.layer(self.tokens(tokens)))
+
+
+class Factors(nnx.Module):
+    """The product of a row's and a column's factors."""
+
+    def __init__(self, rows: int, columns: int, rank: int, *, rngs: nnx.Rngs):
+        self.rows = nnx.Embed(rows, rank, rngs=rngs)
+        self.columns = nnx.Embed(columns, rank, rngs=rngs)
+
+    def __call__(self, pairs: jax.Array) -> jax.Array:
+        return jnp.sum(self.rows(pairs[:, 0]) * self.columns(pairs[:, 1]), axis=-1)
+
+
+class EmbeddedMLP(nnx.Module):
+    """Dense layers on the embeddings of categorical fields."""
+
+    def __init__(self, num_fields, num_values, width, hidden, num_classes, *, rngs):
+        self.num_values = num_values
+        self.embed = nnx.Embed(num_fields * num_values, width, rngs=rngs)
+        self.mlp = MLP(num_fields * width, hidden, num_classes, rngs=rngs)
+
+    def __call__(self, fields: jax.Array) -> jax.Array:
+        offsets = self.num_values * jnp.arange(fields.shape[-1])
+        embedded = self.embed(fields + offsets)
+        return self.mlp(embedded.reshape(*fields.shape[:-1], -1))

@@ -16,8 +16,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from sklearn import datasets
-from sklearn.preprocessing import StandardScaler
 
 
 class Task(NamedTuple):
@@ -54,90 +52,11 @@ def digits_mlp() -> Task:
     return digits("digits, MLP", functools.partial(networks.MLP, 64, 64, 64, 10))
 
 
-def digits_deep_mlp() -> Task:
-    network = functools.partial(networks.MLP, 64, *[32] * 6, 10)
-    return digits("digits, deep MLP", network)
-
-
-def digits_cnn() -> Task:
-    network = functools.partial(networks.CNN, 1, 16, 32, num_classes=10)
-    return digits("digits, CNN", network, as_images=True)
-
-
-def digits_autoencoder() -> Task:
-    network = functools.partial(networks.MLP, 64, 48, 12, 48, 64, activation=nnx.tanh)
-    images, _ = data.load_digits()
-    parts = data.split(images, images, 1000)
-    labelled = digits("digits, autoencoder", network)
-    return labelled._replace(loss_fn=squared_error, train=parts[0], held_out=parts[1])
-
-
-def sums_transformer() -> Task:
-    length = 32
-    inputs, targets = data.sums_in_words(2500, length)
-    vocabulary = int(inputs.max()) + 1
-    return Task(
-        "sums in words, transformer",
-        lambda rngs: networks.Transformer(vocabulary, length, 32, 2, rngs=rngs),
-        cross_entropy,
-        *data.split(inputs, targets, 2000),
-        16,
-        1000,
-    )
-
-
-def regression(name: str, inputs, targets, num_train: int, num_steps: int) -> Task:
-    inputs, targets = (
-        StandardScaler().fit_transform(array) for array in (inputs, targets[:, None])
-    )
-    widths = inputs.shape[1], 32, 32, 1
-    network = functools.partial(networks.MLP, *widths, activation=nnx.tanh)
-    parts = data.split(inputs, targets, num_train)
-    return Task(
-        name, lambda rngs: network(rngs=rngs), squared_error, *parts, 32, num_steps
-    )
-
-
-def friedman_mlp() -> Task:
-    inputs, targets = datasets.make_friedman1(1500, noise=1.0, random_state=0)
-    return regression("Friedman 1, MLP", inputs, targets, 1000, 1000)
-
-
-def diabetes_mlp() -> Task:
-    inputs, targets = datasets.load_diabetes(return_X_y=True)
-    return regression("diabetes, MLP", inputs, targets, 300, 300)
-
-
-def cancer_linear() -> Task:
-    inputs, targets = datasets.load_breast_cancer(return_X_y=True)
-    inputs = StandardScaler().fit_transform(inputs)
-    return Task(
-        "breast cancer, linear",
-        lambda rngs: nnx.Linear(inputs.shape[1], 2, rngs=rngs),
-        cross_entropy,
-        *data.split(inputs, targets, 300),
-        32,
-        300,
-    )
-
-
-def least_squares() -> Task:
-    return Task(
-        "least squares, condition 1e4",
-        lambda rngs: nnx.Linear(20, 1, rngs=rngs),
-        squared_error,
-        *data.split(*data.ill_conditioned(1500, 20), 1000),
-        32,
-        1000,
-    )
-
-
 def cifar10_resnet(
     path: pathlib.Path, num_train: int | None = 10_000, num_test: int | None = 2_000
 ) -> Task:
-    name = "JPEG CIFAR-10" if path.suffix == ".npz" else "CIFAR-10"
     return Task(
-        f"{name} 16x16, ResNet-9",
+        f"{data.name_of(path)} 16x16, ResNet-9",
         lambda rngs: networks.ResNet9(4, rngs=rngs),
         cross_entropy,
         *data.load_cifar10(path, num_train=num_train, num_test=num_test, side=16),
@@ -253,10 +172,13 @@ class Training:
         return lax.scan(body, state, (indices, keys))
 
     @compiled
-    def held_out_loss(self, state) -> jax.Array:
+    def loss_on(self, state, examples: data.Batch) -> jax.Array:
         model = self.network.model(*state[:2])
         model.eval()
-        return self.task.loss_fn(model, self.task.held_out)
+        return self.task.loss_fn(model, examples)
+
+    def held_out_loss(self, state) -> jax.Array:
+        return self.loss_on(state, self.task.held_out)
 
     def batches(self, seed: int, count: int) -> list[data.Batch]:
         """Those that ``run`` sees."""
