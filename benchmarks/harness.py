@@ -1,7 +1,9 @@
 """How are numbers measured, compared, shown and kept? Shared by all benchmarks.
 
-What is trained stands in ``tasks``, ``networks`` and ``data``. Run as a script, this
-writes the table of all claims that ``benchmarks/README.md`` is::
+What is trained stands in ``tasks``, ``suite``, ``networks`` and ``data``. Run as a
+script, this writes what documents quote: the table of all claims that
+``benchmarks/README.md`` is, and the tables of ``README.md`` and ``docs`` that stand
+between markers::
 
     python benchmarks/harness.py
 """
@@ -18,6 +20,7 @@ import os
 import pathlib
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -338,5 +341,35 @@ def table_of_claims(results: pathlib.Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+_TABLE = re.compile(r"(<!-- table (\{.*?\}) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+
+
+def with_tables(text: str, results: pathlib.Path) -> str:
+    """A document with its tables written anew from the evidence.
+
+    A table stands between ``<!-- table {...} -->`` and ``<!-- end -->``. The JSON says
+    of which file it is (``"of"``), which of its columns are shown under which headings
+    (``"columns"``), and, by their first column, which rows (``"rows"``; all without).
+    """
+
+    def render(found: re.Match[str]) -> str:
+        wanted = json.loads(found[2])
+        rows = json.loads((results / f"{wanted['of']}.json").read_text())["rows"]
+        by_name = {next(iter(row.values())): row for row in rows}
+        columns = wanted["columns"]
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        for name in wanted.get("rows", by_name):
+            cells = [str(by_name[name][column]) for column in columns.values()]
+            lines.append("| " + " | ".join(cells) + " |")
+        return found[1] + "\n".join(lines) + "\n" + found[3]
+
+    return _TABLE.sub(render, text)
+
+
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
 if __name__ == "__main__":
     (ROOT / "benchmarks" / "README.md").write_text(table_of_claims(RESULTS))
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text(), RESULTS))

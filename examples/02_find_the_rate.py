@@ -172,7 +172,7 @@ def main():
         "high end of their interval": high,
         "convergence threshold": threshold.threshold,
         "half of the threshold": threshold.threshold / 2,
-        "1.5 times the threshold": threshold.suggested_rate,
+        "1.5 times the threshold": threshold.rate_before_fine_tuning,
         "curvature limit at the start": float(limit),
     }
 
@@ -194,7 +194,7 @@ def main():
         f"{grid.margin:.3f} ({grid.margin_in_errors:.1f} standard errors)"
     )
     two_rates = make_training(make_two_rates, train, test)
-    at, above, small = threshold.threshold, threshold.suggested_rate, 0.01
+    at, above, small = threshold.threshold, threshold.rate_before_fine_tuning, 0.01
     for name, num_steps, pair in (
         ("at the threshold", 100, (at, at)),
         ("at the threshold, then at 0.01", 200, (at, small)),

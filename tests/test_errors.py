@@ -19,8 +19,8 @@ def run(**options):
 
 RATES = np.geomspace(1e-6, 1, 50)
 FALLING = 2 - 1 / (1 + 1e-3 / RATES)
-CURVE = osc.RangeTestResult(RATES, FALLING, FALLING, False)
-FLAT = osc.RangeTestResult(RATES, np.ones(50), np.ones(50), False)
+CURVE = osc.RangeTestResult(RATES, FALLING, FALLING, False, optimizer="adamw")
+FLAT = osc.RangeTestResult(RATES, np.ones(50), np.ones(50), False, optimizer="adamw")
 
 
 def suggest(**options):
@@ -388,7 +388,7 @@ BAD_VALUES = [
     (
         lambda: suggest(method="slide"),
         "method",
-        "one of 'knee', 'valley', 'steepest', 'minimum', 'divergence'",
+        "one of 'knee', 'halfway', 'steepest', 'minimum', 'divergence'",
         "'slide'",
     ),
     (

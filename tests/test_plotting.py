@@ -27,7 +27,7 @@ cycle = jax.jit(osc.onecycle_schedule(1.0, 50))
 
 def make_result(losses):
     rates = np.geomspace(1e-6, 10, 100, dtype=np.float32)[: len(losses)]
-    return osc.RangeTestResult(rates, losses, losses, False)
+    return osc.RangeTestResult(rates, losses, losses, False, optimizer="adamw")
 
 
 def test_draws_a_schedule_over_all_steps():
@@ -230,7 +230,7 @@ def legend_of(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("method", ["knee", "valley"])
+@pytest.mark.parametrize("method", ["knee", "halfway"])
 def test_the_suggestion_lies_on_the_smoothing_it_is_read_from(method):
     result = noisy()
     ax = osc.plotting.plot_range_test(result, method=method)
@@ -246,7 +246,7 @@ def test_the_suggestion_lies_on_the_smoothing_it_is_read_from(method):
     bottom = smooth[:, 1].argmin()
     top = smooth[:bottom, 1].max()
     done = (top - height) / (top - smooth[bottom, 1])
-    assert done == pytest.approx({"knee": 0.9, "valley": 0.5}[method], abs=0.01)
+    assert done == pytest.approx({"knee": 0.9, "halfway": 0.5}[method], abs=0.01)
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.5, 1000.0])
@@ -413,7 +413,7 @@ def apart(errors, **axes):
 def test_at_climbing_rates_the_errors_of_both_curves_count(errors):
     rng, rates = np.random.default_rng(1), np.geomspace(1e-6, 10, 100, dtype="f4")
     losses = 2 - 1 / (1 + (1e-3 / rates) ** 2) + 0.1 * rng.normal(size=100)
-    curve = osc.RangeTestResult(rates, losses, losses, False)
+    curve = osc.RangeTestResult(rates, losses, losses, False, optimizer="adamw")
     smooth = _suggestions.smooth_curve(curve)
     # The same errors of both, so theirs together is higher by the root of 2.
     both = np.stack([losses, losses + errors * smooth.errors[smooth.values.argmin()]])
@@ -581,7 +581,7 @@ def test_draws_the_end_losses_by_regime_and_the_threshold():
         "regime 1",
         "regime 3",
         "target",
-        "suggested band",
+        "before fine-tuning",
     }
     low, high = ax.get_ylim()
     assert low < result.target_loss < 1.0 < high < 100

@@ -10,6 +10,7 @@ import numpy as np
 from optax_superconv import _checks
 from optax_superconv.finders import _runs
 from optax_superconv.finders._range_test import RangeTestResult, read_curve
+from optax_superconv.finders._steps import Optimizer
 from optax_superconv.finders._suggestions import smooth_curve
 
 
@@ -30,6 +31,7 @@ class GridTestResult:
         for a single combination, infinite if all others diverged.
       margin_in_errors: The margin in its standard errors. Below 2 or 3 the grid has
         not told the two apart. Another initialisation is not in these errors.
+      optimizer: ``"sgd"``, ``"adamw"`` or None, as in :class:`RangeTestResult`.
     """
 
     axes: dict[str, np.ndarray]
@@ -40,6 +42,7 @@ class GridTestResult:
     best: dict[str, float]
     margin: float
     margin_in_errors: float
+    optimizer: Optimizer | None = None
 
     def __repr__(self) -> str:
         return _runs.summary(
@@ -81,7 +84,8 @@ class GridTestResult:
             rule = f"one of {axis.tolist()}"
             _checks.require(at.size > 0, name, rule, combination[name])
             index.append(int(at[0]))
-        return read_curve(self.losses[tuple(index)], self.learning_rates)
+        losses = self.losses[tuple(index)]
+        return read_curve(losses, self.learning_rates, optimizer=self.optimizer)
 
 
 def named(combination: Mapping[str, float]) -> str:
@@ -142,7 +146,10 @@ def tied(result: GridTestResult) -> np.ndarray:
 
 
 def compare(
-    losses: np.ndarray, ladder: np.ndarray | None, axes: dict[str, np.ndarray]
+    losses: np.ndarray,
+    ladder: np.ndarray | None,
+    axes: dict[str, np.ndarray],
+    optimizer: Optimizer | None = None,
 ) -> GridTestResult:
     """Scores the members' losses, (members, num_steps)."""
     finite = np.isfinite(losses).sum(axis=1)
@@ -182,4 +189,5 @@ def compare(
         combination_at(axes, best),
         float(margin),
         float(margin_in_errors),
+        optimizer,
     )

@@ -221,6 +221,6 @@ def grid_test(
         "which precedes any update",
         f"{losses[0, 0]} for all",
     )
-    result = compare(losses, ladder, axes)
+    result = compare(losses, ladder, axes, _steps.optimizer_of(state))
     _warn_of_idle(result)
     return result

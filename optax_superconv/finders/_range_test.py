@@ -16,6 +16,7 @@ import numpy as np
 from optax_superconv import _batches, _checks
 from optax_superconv._numerics import weight_after
 from optax_superconv.finders import _members, _runs, _steps
+from optax_superconv.finders._steps import Optimizer
 
 State = TypeVar("State")
 
@@ -32,6 +33,8 @@ class RangeTestResult:
       diverged: Whether the test ended because the loss diverged.
       eval_losses: (n,) float64, what ``eval_fn`` gave after each step's update; None
         without it.
+      optimizer: ``"sgd"`` or ``"adamw"``, whose moments the state held: for
+        :func:`suggest_learning_rate`. None if it held neither's, or both.
     """
 
     learning_rates: np.ndarray
@@ -39,6 +42,7 @@ class RangeTestResult:
     smoothed_losses: np.ndarray
     diverged: bool
     eval_losses: np.ndarray | None = None
+    optimizer: Optimizer | None = None
 
     def __repr__(self) -> str:
         rates, losses = self.learning_rates, self.losses
@@ -57,6 +61,7 @@ def read_curve(
     smoothing: float = 0.98,
     divergence_factor: float = 4.0,
     patience: int = 10,
+    optimizer: Optimizer | None = None,
 ) -> RangeTestResult:
     """The curve up to where it ends; takes no loss after that one."""
     total = weight = first = 0.0
@@ -76,7 +81,8 @@ def read_curve(
         if diverged:
             break
     rates = ladder[: len(seen)]
-    return RangeTestResult(rates, np.asarray(seen), np.asarray(smoothed), diverged)
+    curve = np.asarray(seen), np.asarray(smoothed)
+    return RangeTestResult(rates, *curve, diverged, optimizer=optimizer)
 
 
 def range_test(
@@ -223,6 +229,7 @@ def range_test(
         smoothing=smoothing,
         divergence_factor=divergence_factor,
         patience=patience,
+        optimizer=_steps.optimizer_of(state),
     )
     _runs.check_first_loss(result.losses[0])
     members.check(num_steps)

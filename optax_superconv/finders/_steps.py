@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ import numpy as np
 from optax_superconv import _checks, _records, _trees
 
 RATE = "learning_rate"
+
+Optimizer = Literal["sgd", "adamw"]
 
 # ``(state, hyperparams, batch) -> (state, loss)``
 Step = Callable[[Any, Mapping[str, Any], Any], Any]
@@ -146,6 +148,19 @@ def _index_of(key: str, node: Any) -> int:
         shape = np.shape(_trees.array_of(_records.dials_of(node)[name]))[axes:]
         index += int(np.prod(shape, dtype=int))
     raise AssertionError(key)
+
+
+def optimizer_of(state: Any) -> Optimizer | None:
+    """Whose rates these are: told by the moments that the state holds."""
+
+    def kind(node: Any) -> Optimizer | None:
+        fields = getattr(node, "_fields", ())
+        if "mu" in fields and "nu" in fields:
+            return "adamw"
+        return "sgd" if "trace" in fields else None
+
+    found = {kind(node) for _, node in walk(state, lambda node: kind(node) is not None)}
+    return found.pop() if len(found) == 1 else None
 
 
 def recorded(state: Any, knob: Knob) -> Any:

@@ -16,8 +16,13 @@ import numpy as np
 from optax_superconv import _checks
 from optax_superconv.finders import _runs
 from optax_superconv.finders._range_test import RangeTestResult
+from optax_superconv.finders._steps import Optimizer
 
-Method = Literal["knee", "valley", "steepest", "minimum", "divergence"]
+Method = Literal["knee", "halfway", "steepest", "minimum", "divergence"]
+
+# By whose moments the state held: of the methods those with the least regret of one
+# cycle, on the tasks of benchmarks/range_test_quality.py that were there to choose.
+DEFAULTS: dict[Optimizer, Method] = {"adamw": "knee", "sgd": "minimum"}
 
 # Standard deviation, in decades of the rate, of the kernel that smooths a curve for the
 # knee, and how much of the fall is done there. Of the pairs whose spread stays below
@@ -235,10 +240,37 @@ def as_results(name: str, value: Any) -> list[RangeTestResult]:
     return list(value)
 
 
+def method_for(
+    name: str,
+    results: Sequence[RangeTestResult],
+    method: Method | None,
+    optimizer: Optimizer | None,
+) -> Method:
+    """The method that is asked for, or the default of whose rates these are."""
+    if optimizer is not None:
+        _checks.choice("optimizer", optimizer, get_args(Optimizer))
+    if method is not None:
+        _checks.choice("method", method, get_args(Method))
+        return method
+    if optimizer is None:
+        told = {result.optimizer for result in results}
+        known = [one for one in told if one is not None]
+        if len(told) != 1 or not known:
+            seen = " and ".join(sorted(map(str, told)))
+            raise ValueError(
+                f"`{name}` must tell whose rates it holds, got range tests with "
+                f"optimizer {seen}: give `optimizer='sgd'` or `optimizer='adamw'`, "
+                "whichever is nearer to yours, or a `method`."
+            )
+        optimizer = known[0]
+    return DEFAULTS[optimizer]
+
+
 def suggest_learning_rate(
     result: RangeTestResult | Sequence[RangeTestResult],
     *,
-    method: Method = "knee",
+    method: Method | None = None,
+    optimizer: Optimizer | None = None,
 ) -> float:
     """Reads a learning rate off the curve of a range test.
 
@@ -250,7 +282,7 @@ def suggest_learning_rate(
       tenths of its fall, from its highest point before the minimum down to the minimum.
       A peak rate for one cycle, on the low side: an explosion close to the fall draws
       it down.
-    * ``"valley"``: where the loss has done half of its fall; lower than the knee by a
+    * ``"halfway"``: where the loss has done half of its fall; lower than the knee by a
       factor of 4 in the median over tasks, and up to 17.
     * ``"steepest"``: where the loss falls fastest per decade of the rate.
     * ``"minimum"``: a tenth of the rate at which the loss is lowest, so Smith's reading
@@ -286,7 +318,7 @@ def suggest_learning_rate(
       >>> result = osc.RangeTestResult(rates, losses, losses, False)
       >>> print(f"{osc.suggest_learning_rate(result):.4f}")
       0.0138
-      >>> print(f"{osc.suggest_learning_rate(result, method='valley'):.4f}")
+      >>> print(f"{osc.suggest_learning_rate(result, method='halfway'):.4f}")
       0.0010
       >>> print(f"{osc.suggest_learning_rate(result, method='minimum'):.4f}")
       0.1000
@@ -296,17 +328,18 @@ def suggest_learning_rate(
       <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1); the names of the methods
       are `fastai's <https://docs.fast.ai/callback.schedule.html>`_.
     """
-    _checks.choice("method", method, get_args(Method))
+    results = as_results("result", result)
+    method = method_for("result", results, method, optimizer)
     if isinstance(result, RangeTestResult):
         return _suggest(result, method)
-    results = as_results("result", result)
     return float(np.median(_suggestions("result", results, method)))
 
 
 def suggest_interval(
     results: Sequence[RangeTestResult],
     *,
-    method: Method = "knee",
+    method: Method | None = None,
+    optimizer: Optimizer | None = None,
     level: float = 0.9,
 ) -> tuple[float, float]:
     """How far the suggestions of repeated range tests spread.
@@ -340,9 +373,10 @@ def suggest_interval(
       >>> print(low < osc.suggest_learning_rate(results) < high)
       True
     """
-    _checks.choice("method", method, get_args(Method))
     _checks.scalar("level", level, _checks.FRACTION)
-    found = _suggestions("results", as_results("results", results), method)
+    tests = as_results("results", results)
+    method = method_for("results", tests, method, optimizer)
+    found = _suggestions("results", tests, method)
     two = "at least 2 range tests that hold a suggestion"
     _checks.require(len(found) >= 2, "results", two, len(found))
     outside = (1 - level) / 2

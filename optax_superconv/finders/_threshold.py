@@ -20,6 +20,7 @@ import numpy as np
 
 from optax_superconv import _batches, _checks
 from optax_superconv.finders import _members, _runs, _steps
+from optax_superconv.finders._steps import Optimizer
 
 State = TypeVar("State")
 
@@ -30,8 +31,11 @@ class ThresholdResult:
 
     Attributes:
       threshold: The geometric middle of the last bracket, whose ends were both run.
-      suggested_rate: 1.5 times the threshold.
-      suggested_band: The threshold and twice the threshold.
+      rate_before_fine_tuning: 1.5 times the threshold: a constant rate to train at
+        before fine-tuning or averaging, and no peak for a schedule; see
+        :func:`convergence_threshold`.
+      band_before_fine_tuning: The threshold and twice the threshold. Both stay below
+        the lowest rate above the threshold that learned nothing.
       target_loss: What an end loss must reach to count as converged.
       rates: (n,) float32, those of the ladder and of the bisection.
       losses: (n, num_steps) float64, the loss at each step before its update; NaN after
@@ -39,16 +43,18 @@ class ThresholdResult:
       end_losses: (n,) float64, the mean of the last tenth; NaN where not finite.
       regimes: n labels: ``"too slow"``, ``"1"`` (converges), ``"2"`` (learns without
         converging), ``"3"`` (learns nothing).
+      optimizer: ``"sgd"``, ``"adamw"`` or None, as in :class:`RangeTestResult`.
     """
 
     threshold: float
-    suggested_rate: float
-    suggested_band: tuple[float, float]
+    rate_before_fine_tuning: float
+    band_before_fine_tuning: tuple[float, float]
     target_loss: float
     rates: np.ndarray
     losses: np.ndarray
     end_losses: np.ndarray
     regimes: tuple[str, ...]
+    optimizer: Optimizer | None = None
 
     def __repr__(self) -> str:
         rates = self.rates
@@ -181,8 +187,9 @@ def convergence_threshold(
     Just above the threshold, training does not converge, but fine-tuning at a small
     rate, or averaging the weights, generalises best: the paper's regime 2A. It is 0.4
     to 1.7 decades wide in Sadrtdinov et al.'s set-ups, and twice the threshold lies
-    inside in all of them; hence ``suggested_band``. That 1.5 times the threshold is a
-    good rate to train at before fine-tuning is our reading, not the paper's.
+    inside in all of them; hence ``band_before_fine_tuning``. That 1.5 times the
+    threshold is a good rate to train at before fine-tuning is our reading, not the
+    paper's. As the peak of one cycle it is far too high.
 
     Args:
       step_fn: ``(state, batch) -> (state, loss)``, your own training step, as for
@@ -279,13 +286,17 @@ def convergence_threshold(
     told = [ends <= target, ~np.isfinite(ends), rates < ladder[low], ends < untrained]
     regimes = np.select(told, ["1", "3", "too slow", "2"], "3")
     threshold = math.sqrt(below * above)
+    beyond = rates[(rates > threshold) & (regimes == "3")]
+    limit = float(beyond[0]) if beyond.size else math.inf
+    large = 1.5 * threshold if 1.5 * threshold < limit else math.sqrt(threshold * limit)
     return ThresholdResult(
         threshold,
-        1.5 * threshold,
-        (threshold, 2 * threshold),
+        large,
+        (threshold, min(2 * threshold, limit)),
         target,
         rates,
         losses,
         ends,
         tuple(regimes.tolist()),
+        _steps.optimizer_of(state),
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optax_superconv import _checks
 from optax_superconv.finders import _suggestions
 from optax_superconv.finders._range_test import RangeTestResult
+from optax_superconv.finders._steps import Optimizer
 from optax_superconv.finders._suggestions import Method, _Curve
 from optax_superconv.plotting._axes import new_axes, without_outliers, zoom
 
@@ -22,7 +22,8 @@ def plot_range_test(
     result: RangeTestResult | Sequence[RangeTestResult],
     ax: Axes | None = None,
     *,
-    method: Method | None = "knee",
+    method: Method | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Axes:
     """Draws the losses of one or several range tests over the rate, and a suggestion.
 
@@ -35,8 +36,10 @@ def plot_range_test(
       result: Result of :func:`optax_superconv.range_test`, or a sequence of at least
         one.
       ax: Where to draw; None is new axes.
-      method: Method of :func:`optax_superconv.suggest_learning_rate`. None draws no
-        suggestion, and smoothings as wide as the noise asks for.
+      method: Method of :func:`optax_superconv.suggest_learning_rate`. None is that of
+        the optimizer; without one, no suggestion is drawn, and smoothings are as wide
+        as the noise asks for.
+      optimizer: ``"sgd"`` or ``"adamw"``. None is what the results tell, if they do.
 
     Returns:
       The axes. Held-out losses are drawn in place of the losses where the test took
@@ -54,8 +57,9 @@ def plot_range_test(
       log knee: 0.014
     """
     results = _suggestions.as_results("result", result)
-    if method is not None:
-        _checks.choice("method", method, get_args(Method))
+    known = optimizer or method or all(test.optimizer for test in results)
+    if known:
+        method = _suggestions.method_for("result", results, method, optimizer)
     ax = new_axes(ax)
     held_out = results[0].eval_losses is not None
     shown = "held-out loss" if held_out else "loss"

@@ -63,7 +63,8 @@ def plot_threshold(result: ThresholdResult, ax: Axes | None = None) -> Axes:
     ax.axhline(result.target_loss, color="0.5", linestyle=":", label="target")
     label = f"threshold: {result.threshold:.3g}"
     ax.axvline(result.threshold, color="C1", linestyle="--", label=label)
-    ax.axvspan(*result.suggested_band, color="C1", alpha=0.2, label="suggested band")
+    band = result.band_before_fine_tuning
+    ax.axvspan(*band, color="C1", alpha=0.2, label="before fine-tuning")
     ax.set(xscale="log", xlabel="learning rate", ylabel="end loss")
     ax.legend(fontsize="small")
     return ax

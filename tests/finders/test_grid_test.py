@@ -274,8 +274,8 @@ def test_a_range_mode_curve_is_the_range_test_of_its_combination(vectorize):
         )
         np.testing.assert_array_equal(result.losses[k, 0, :n], curve.losses)
         assert np.isnan(result.losses[k, 0, n:]).all()
-        assert osc.suggest_learning_rate(curve) == pytest.approx(
-            osc.suggest_learning_rate(expected), rel=1e-4
+        assert osc.suggest_learning_rate(curve, method="knee") == pytest.approx(
+            osc.suggest_learning_rate(expected, method="knee"), rel=1e-4
         )
 
 

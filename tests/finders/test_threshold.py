@@ -143,10 +143,23 @@ def test_the_last_bracket_is_as_narrow_as_asked_and_was_run(rtol):
     assert not result.end_losses[last + 1] <= result.target_loss
 
 
-def test_the_suggestions_are_one_and_a_half_and_up_to_twice_the_threshold():
-    result = run()
-    assert result.suggested_rate == 1.5 * result.threshold
-    assert result.suggested_band == (result.threshold, 2 * result.threshold)
+@pytest.mark.parametrize("dies_at", [100.0, 1.8, 1.2])
+def test_what_comes_before_fine_tuning_is_above_the_threshold_and_still_learns(dies_at):
+    """One and a half times and up to twice, unless nothing is learned there."""
+
+    def ends(rate):
+        return jnp.where(rate < 1, 0.01, jnp.where(rate < dies_at, 0.5, 1.0))
+
+    result = run(step_fn=end_loss_step(ends), state=jnp.int32(0), num_rates=100)
+    low, high = result.band_before_fine_tuning
+    assert low == result.threshold == pytest.approx(1, rel=0.02)
+    dead = result.rates[(result.rates > low) & (np.array(result.regimes) == "3")]
+    limit = min([*dead, np.inf])
+    assert high == min(2 * low, limit)
+    assert low < result.rate_before_fine_tuning <= 1.5 * low
+    assert result.rate_before_fine_tuning < limit
+    if dies_at > 1.6:
+        assert result.rate_before_fine_tuning == 1.5 * low
 
 
 def test_the_default_target_is_nine_tenths_of_the_way_from_the_first_loss():

@@ -125,7 +125,7 @@ VALUES = {
     "divergence_factor": [1.5, 4.0], "level": [0.5, 0.9],
     "mode": ["range", "constant", "triangular", "triangular2", "exp_range"],
     "optimizer": ["adam", "sgd", "gd", "nesterov", "heavy_ball"],
-    "method": ["knee", "valley", "minimum", "steep", "slide"],
+    "method": ["knee", "halfway", "minimum", "steep", "slide"],
     "final_norm": ["head", "last_block"], "unmatched_rules": ["error", "warn"],
     "rules": [[(".*", 0)], [("head/.*", "a"), (".*", "b")], [("x", 1), (".*", 0)], []],
     "thaw_steps": [{0: 2, 1: 1, 2: 0}, {"a": 1, "b": None, "c": 0}, {0: 1}],

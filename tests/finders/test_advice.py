@@ -1,0 +1,151 @@
+"""Which rate is advised: the same for an optimizer everywhere, and asked where unknown."""
+
+import dataclasses
+import re
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import ROOT
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import optax_superconv as osc
+from optax_superconv.finders import _steps, _suggestions
+
+PARAMS = {"body": jnp.ones((2, 3)), "head": jnp.ones(3)}
+FLOAT32 = {"hyperparam_dtype": jnp.float32}
+LABELS = {"body": "a", "head": "b"}
+
+
+def injected(make, *args, **kwargs):
+    return optax.inject_hyperparams(make, **FLOAT32)(*args, **kwargs)
+
+
+TOLD = {
+    "adamw": ("adamw", osc.adamw(0.1)),
+    "onecycle_adamw": ("adamw", osc.onecycle_adamw(0.1, 10)),
+    "fine_tune_adamw": (
+        "adamw",
+        osc.fine_tune_adamw(0.1, 10, {"body": 0, "head": 1}, decay=0.5, freeze_steps=2),
+    ),
+    "optax.adamw": ("adamw", injected(optax.adamw, 0.1)),
+    "nadam": ("adamw", injected(optax.nadam, 0.1)),
+    "adabelief": ("adamw", injected(optax.adabelief, 0.1)),
+    "chain": (
+        "adamw",
+        optax.chain(optax.scale_by_adam(), osc.scale_by_learning_rate(0.1)),
+    ),
+    "clipped, averaged": (
+        "adamw",
+        optax.chain(optax.clip(1.0), osc.adamw(0.1), osc.ema_params(0.9)),
+    ),
+    "accumulated": ("adamw", optax.MultiSteps(osc.adamw(0.1), 2)),
+    "groups": (
+        "adamw",
+        optax.partition({"a": osc.adamw(0.1), "b": osc.adamw(0.2)}, LABELS),
+    ),
+    "sgd": ("sgd", osc.sgd(0.1)),
+    "no momentum": ("sgd", osc.sgd(0.1, momentum=0.0)),
+    "onecycle_sgd": ("sgd", osc.onecycle_sgd(0.1, 10)),
+    "optax.sgd": ("sgd", injected(optax.sgd, 0.1, momentum=0.9)),
+    "trace": (
+        "sgd",
+        optax.chain(optax.trace(0.9), osc.scale_by_learning_rate(0.1)),
+    ),
+    "lion": (None, injected(optax.lion, 0.1)),
+    "rmsprop": (None, injected(optax.rmsprop, 0.1)),
+    "optax.sgd without momentum": (None, injected(optax.sgd, 0.1)),
+    "both": (
+        None,
+        optax.partition({"a": osc.adamw(0.1), "b": osc.sgd(0.2)}, LABELS),
+    ),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "tx"), TOLD.values(), ids=TOLD)
+def test_the_moments_in_the_state_tell_the_optimizer(optimizer, tx):
+    assert _steps.optimizer_of((PARAMS, tx.init(PARAMS))) == optimizer
+
+
+def test_a_train_state_and_an_nnx_optimizer_tell_as_well():
+    made = {"params": PARAMS, "apply_fn": None}
+    state = TrainState.create(tx=osc.sgd(0.1), **made)
+    assert _steps.optimizer_of(state) == "sgd"
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, osc.adamw(0.1), wrt=nnx.Param)
+    assert _steps.optimizer_of((model, optimizer)) == "adamw"
+    assert _steps.optimizer_of(PARAMS) is None
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_all_finders_keep_whose_rates_they_hold(optimizer):
+    tx = getattr(osc, optimizer)(0.1)
+
+    @jax.jit
+    def step_fn(state, batch):
+        w, opt_state = state
+        loss, grads = jax.value_and_grad(lambda w: (jnp.array([1, 9.0]) * w**2).sum())(
+            w
+        )
+        updates, opt_state = tx.update(grads, opt_state, w)
+        return (optax.apply_updates(w, updates), opt_state), loss
+
+    w = jnp.ones(2)
+    given = step_fn, (w, tx.init(w)), [None]
+    tested = osc.range_test(*given)
+    grid = osc.grid_test(*given, {"b1": [0.0, 0.9]} if optimizer == "adamw"
+                         else {"momentum": [0.0, 0.9]})  # fmt: skip
+    top = {"sgd": 10.0, "adamw": 1e4}[optimizer]
+    threshold = osc.convergence_threshold(*given, num_steps=50, max_learning_rate=top)
+    results = (tested, grid, grid.curve(**grid.best), threshold)
+    assert {result.optimizer for result in results} == {optimizer}
+
+
+# --- what is read, and where nothing tells --------------------------------------------
+
+RATES = np.geomspace(1e-6, 10, 100)
+LOSSES = 2.3 - 1.8 / (1 + (10**-2.5 / RATES)) + 0.02 * RATES**2
+CURVE = osc.RangeTestResult(RATES, LOSSES, LOSSES, False)
+OF = {name: dataclasses.replace(CURVE, optimizer=name) for name in ("sgd", "adamw")}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_default_is_that_of_the_optimizer(optimizer):
+    own, method = OF[optimizer], _suggestions.DEFAULTS[optimizer]
+    expected = osc.suggest_learning_rate(CURVE, method=method)
+    assert osc.suggest_learning_rate(own) == expected
+    assert osc.suggest_learning_rate([own, own]) == expected
+    assert osc.suggest_learning_rate(CURVE, optimizer=optimizer) == expected
+    assert osc.suggest_interval([own, own]) == (expected, expected)
+    assert osc.suggest_interval([CURVE] * 2, optimizer=optimizer)[0] == expected
+    for other in OF.values():  # What is asked for outranks what is told.
+        assert osc.suggest_learning_rate(other, optimizer=optimizer) == expected
+        assert osc.suggest_learning_rate(other, method=method) == expected
+
+
+def test_the_defaults_differ():
+    assert len({osc.suggest_learning_rate(curve) for curve in OF.values()}) == 2
+
+
+@pytest.mark.parametrize("results", [[CURVE], [*OF.values()], [CURVE, OF["sgd"]]])
+@pytest.mark.parametrize("read", [osc.suggest_learning_rate, osc.suggest_interval])
+def test_where_nothing_tells_it_asks(results, read):
+    with pytest.raises(ValueError, match=r"^`results?` must tell.*optimizer='adamw'"):
+        read(results)
+
+
+def test_a_curve_of_nobody_is_drawn_without_a_suggestion():
+    labels = [
+        t.get_text() for t in osc.plotting.plot_range_test(CURVE).get_legend().texts
+    ]
+    assert labels == ["loss", "smoothed"]
+    axes = osc.plotting.plot_range_test(CURVE, optimizer="sgd")
+    name = _suggestions.DEFAULTS["sgd"]
+    assert axes.get_legend().texts[-1].get_text().startswith(f"{name}: ")
+
+
+# --- one advice -----------------------------------------------------------------------
