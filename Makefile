@@ -32,6 +32,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
 	$(BIN)/python benchmarks/late_decay_minimum_norm.py --out benchmarks/results
 	$(BIN)/python benchmarks/large_rate_regimes.py --out benchmarks/results
+	$(BIN)/python benchmarks/schedule_peaks.py --out benchmarks/results
 	$(BIN)/python benchmarks/harness.py
 
 bench-quality: .venv/dev.stamp

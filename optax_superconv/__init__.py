@@ -38,6 +38,7 @@ from optax_superconv.schedules._onecycle import (
     onecycle_momentum_schedule,
     onecycle_schedule,
 )
+from optax_superconv.schedules._peaks import transfer_peak
 from optax_superconv.schedules._phases import Phase, phase_schedule
 from optax_superconv.schedules._refined import refined_schedule
 from optax_superconv.transforms._averages import average_params, ema_params, swa_params
@@ -109,6 +110,7 @@ __all__ = [
     "suggest_interval",
     "suggest_learning_rate",
     "swa_params",
+    "transfer_peak",
     "warmup_stable_decay_schedule",
     "with_cooldown",
 ]

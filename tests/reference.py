@@ -204,6 +204,19 @@ def smoothed_norms(norms, fraction, samples=10_000):
     return np.array([np.median(window) for window in windows])
 
 
+def best_factor(rates):
+    """Of rates above 0, in D / G; theorem 10 of Defazio et al. (2023), minimised."""
+    steps = range(len(rates))
+    t_1 = 1 / (2 * sum(rates))
+    t_2 = sum(rate**2 for rate in rates) / (2 * sum(rates))
+    t_3 = 0.0
+    for k in steps[:-1]:
+        after = sum(rates[p] for p in steps[k + 1 :])
+        squares = sum(rates[p] ** 2 for p in steps[k:])
+        t_3 += 0.5 * rates[k] / after * squares / sum(rates[p] for p in steps[k:])
+    return math.sqrt(t_1 / (t_2 + t_3))
+
+
 def transformers_wsd(
     count, lr, total, warmup, decay, warmup_type="linear", decay_type="cosine",
     min_lr_ratio=0.0, num_cycles=0.5,

@@ -96,6 +96,8 @@ POSITIVES = {
         0.1, 0.2, 3, mode="exp_range", gamma=x
     ),
     "average_params.weight": osc.average_params,
+    "transfer_peak.peak": lambda x: osc.transfer_peak(x, 1.0, 1.0, 10),
+    "transfer_peak.to_schedule": lambda x: osc.transfer_peak(1.0, 1.0, x, 10),
     "range_test.min_learning_rate": lambda x: range_test(x, 1.0),
 }
 FINITES = {

@@ -14,6 +14,7 @@ import networks
 import numpy as np
 import optax
 import pytest
+import schedule_peaks
 import tasks
 from common import ROOT
 from flax import nnx
@@ -110,6 +111,15 @@ def test_each_arm_takes_the_rate_with_the_best_mean_over_seeds(tmp_path):
     assert best == {"a": 0.4, "b": 0.2}
     np.testing.assert_array_equal(grids["a"][..., 0], [[50, 50], [60, 30], [49, 52]])
     np.testing.assert_array_equal(grids["a"][1, :, 1], [-0.2, -0.2])
+
+
+@pytest.mark.parametrize("best", [3e-4, 2e-2, 1e-5, 1.0])
+def test_the_best_peak_is_that_of_the_parabola_within_the_grid(best):
+    rates = np.logspace(-4, -1, 7)
+    losses = 0.1 * np.exp(np.log(rates / best) ** 2)
+    record = {"rates": rates, "losses": losses[:, None] * [0.5, 1.5]}
+    expected = np.clip(best, rates[0], rates[-1])
+    np.testing.assert_allclose(schedule_peaks.best_peak(record), expected)
 
 
 def test_differences_are_paired():

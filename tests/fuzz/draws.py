@@ -132,6 +132,7 @@ VALUES = {
     "inner": [osc.sgd(0.1), optax.adam(0.1), lambda step: osc.adamw(0.1)],
     "phases": [[(3, 0.2)], [osc.Phase(2, 0.1, "exponential"), (2, 0.0)], []],
     "schedule": [0.1, falling, osc.onecycle_schedule(0.1, 10)],
+    "from_schedule": [0.1, falling], "to_schedule": [0.1, osc.onecycle_schedule(1, 8)],
     "gradient_norms": [np.linspace(1, 2, 8), jnp.ones(10), np.zeros(8)],
     "values": [{"learning_rate": 0.1}, {"b1": 0.5}, {"b1": None}, {}, {"momentum": 2}],
     "result": [RESULT, [RESULT, RESULT]], "results": [[RESULT, RESULT], [RESULT]],
