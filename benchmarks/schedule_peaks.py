@@ -6,8 +6,8 @@ a schedule is the minimum of the parabola through the best of the grid and its t
 neighbours, in the logs of peak and mean held-out loss, or the best of the grid at an
 edge. ``transfer_peak`` carries that of one cycle to each other schedule. The regret of
 a peak is the loss there over that at the best of the 7 under the same schedule,
-interpolated in the logs between peaks; beyond the grid, that of its end. A run that
-ends worse than it began counts as the untrained network. The control is the same peak,
+interpolated in the logs between peaks (``rules.regret``). A run that ends worse than it
+began counts as the untrained network. The control is the same peak,
 unchanged; the row of one cycle says what the interpolation alone costs.
 
     python benchmarks/schedule_peaks.py [--smoke] [--out FOLDER]
@@ -25,17 +25,18 @@ import harness
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rules
+import suite
 import tasks
-from range_test_quality import regret, summary
 
 import optax_superconv as osc
 
 NUM_SEEDS = 2
 TASKS = {
-    "digits-deep-mlp": tasks.digits_deep_mlp,
-    "sums-transformer": tasks.sums_transformer,
-    "friedman-mlp": tasks.friedman_mlp,
-    "digits-autoencoder": tasks.digits_autoencoder,
+    "digits-deep-mlp": suite.digits_deep_mlp,
+    "sums-transformer": suite.sums_transformer,
+    "friedman": suite.friedman,
+    "digits-autoencoder": suite.digits_autoencoder,
 }
 OPTIMIZERS: Any = {
     "adamw": functools.partial(osc.adamw, b1=0.9, b2=0.99, weight_decay=1e-2),
@@ -101,7 +102,7 @@ def final_losses(make_task, optimizer, schedule, peaks, seeds) -> dict[str, Any]
 
     members = [*itertools.product(peaks, seeds)]
     losses = np.reshape(harness.in_threads(run, members), (len(peaks), len(seeds)))
-    return {"rates": peaks, "losses": losses, "untrained": untrained, "steps": steps}
+    return {"peaks": peaks, "losses": losses, "untrained": untrained, "steps": steps}
 
 
 # --- what comes out -------------------------------------------------------------------
@@ -109,7 +110,7 @@ def final_losses(make_task, optimizer, schedule, peaks, seeds) -> dict[str, Any]
 
 def best_peak(record) -> float:
     """By the parabola through three of the grid, unless the best is at its edge."""
-    x = np.log(record["rates"])
+    x = np.log(record["peaks"])
     y = np.log(np.mean(record["losses"], axis=1))
     k = int(y.argmin())
     if k in (0, len(x) - 1):
@@ -117,6 +118,16 @@ def best_peak(record) -> float:
     near = slice(k - 1, k + 2)
     curvature, slope, _ = np.polyfit(x[near] - x[k], y[near], 2)
     return float(np.exp(x[k] - slope / (2 * curvature)))
+
+
+def regret_at(record, peak: float) -> float:
+    arrays = [np.asarray(record[key]) for key in ("peaks", "losses", "untrained")]
+    return rules.regret(rules.Cell("", "", False, 0, *arrays, []), peak)
+
+
+def summary(values: Sequence[float]) -> str:
+    """Geometric mean and worst of the tasks."""
+    return f"{rules.geometric_mean(values):.2f}, {max(values):.2f}"
 
 
 def mean_and_range(ratios: Sequence[float]) -> str:
@@ -129,7 +140,7 @@ def main() -> None:
     args = harness.parse_args(__doc__)
     makers, every, seeds = TASKS, 1, range(NUM_SEEDS)
     if args.smoke:
-        makers, every, seeds = {"cancer-linear": tasks.cancer_linear}, 3, range(1)
+        makers, every, seeds = {"noisy-cancer": suite.noisy_cancer}, 3, range(1)
 
     def compute(name: str, optimizer: str, schedule: str) -> dict[str, Any]:
         grid = GRIDS[optimizer][::every]
@@ -154,8 +165,8 @@ def main() -> None:
             "peak": peaks[member],
             "predicted": carried / tuned,
             "measured": peaks[member] / tuned,
-            "carried": regret(found[member], carried),
-            "unchanged": regret(found[member], tuned),
+            "carried": regret_at(found[member], carried),
+            "unchanged": regret_at(found[member], tuned),
         }
     rows, told = [], []
     for optimizer, schedule in itertools.product(OPTIMIZERS, SCHEDULES):

@@ -13,7 +13,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 BENCHMARKS = [
     path
     for path in sorted((ROOT / "benchmarks").glob("*.py"))
-    if path.stem not in ("data", "harness", "networks", "tasks")
+    if path.stem not in ("data", "harness", "networks", "rules", "suite", "tasks")
 ]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 

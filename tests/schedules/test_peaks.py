@@ -71,21 +71,30 @@ def test_it_is_the_formula_of_the_paper(name, total):
 
 
 T = 3200
-LINEAR = optax.linear_schedule(1.0, 0.0, T)
+
+
+def kept(schedule):
+    """What a schedule gives, without asking it at every step again."""
+    return np.asarray(jax.vmap(schedule)(np.arange(T)), np.float64).__getitem__
+
+
+LINEAR = kept(optax.linear_schedule(1.0, 0.0, T))
 
 
 def late(fraction, shape):
     steps = round(fraction * T)
-    return osc.warmup_stable_decay_schedule(1.0, T, decay_steps=steps, shape=shape)
+    return kept(
+        osc.warmup_stable_decay_schedule(1.0, T, decay_steps=steps, shape=shape)
+    )
 
 
 @pytest.mark.parametrize(
     ("schedule", "ratio"),
     [
         (late(1, "1-sqrt"), 1.490),
-        (optax.cosine_decay_schedule(1.0, T), 0.971),
-        (osc.onecycle_schedule(1.0, T), 0.907),
-        (optax.cosine_onecycle_schedule(T, 1.0, 0.3), 0.907),
+        (kept(optax.cosine_decay_schedule(1.0, T)), 0.971),
+        (kept(osc.onecycle_schedule(1.0, T)), 0.907),
+        (kept(optax.cosine_onecycle_schedule(T, 1.0, 0.3)), 0.907),
         (late(0.2, "linear"), 0.514),
         (late(0.2, "1-sqrt"), 0.543),
         (late(0.4, "linear"), 0.607),
@@ -140,7 +149,7 @@ def test_the_peaks_of_the_schedules_do_not_matter(scale):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-12)
 
 
-@pytest.mark.parametrize("nothing", [0.0, 1e-16, 6e-8])
+@pytest.mark.parametrize("nothing", [0.0, 1e-16])
 def test_steps_that_change_nothing_do_not_count(nothing):
     """At the start, between and at the end: zeros, or what rounding leaves of them."""
     rates = list(rates_of("cosine", 50))
@@ -168,11 +177,13 @@ def test_a_single_step_that_trains():
         osc.phase_schedule(1.0, [(20, 1.0), (0, 0.5)]),
     ],
 )
-def test_schedules_of_any_kind(schedule):
-    rates = [1.0] * 20 + [0.5] * 30
-    expected = osc.transfer_peak(1.0, 1.0, rates.__getitem__, 50)
+@pytest.mark.parametrize("total", [50, 5000])
+def test_schedules_of_any_kind(schedule, total):
+    """Step by step, and all steps of a long run at once."""
+    rates = [1.0] * 20 + [0.5] * (total - 20)
+    expected = osc.transfer_peak(1.0, 1.0, rates.__getitem__, total)
     np.testing.assert_allclose(
-        osc.transfer_peak(1.0, 1.0, schedule, 50), expected, rtol=1e-12
+        osc.transfer_peak(1.0, 1.0, schedule, total), expected, rtol=1e-12
     )
 
 
