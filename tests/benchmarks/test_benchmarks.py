@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import schedule_peaks
+import suite
 import tasks
 from common import ROOT
 from flax import nnx
@@ -117,7 +118,7 @@ def test_each_arm_takes_the_rate_with_the_best_mean_over_seeds(tmp_path):
 def test_the_best_peak_is_that_of_the_parabola_within_the_grid(best):
     rates = np.logspace(-4, -1, 7)
     losses = 0.1 * np.exp(np.log(rates / best) ** 2)
-    record = {"rates": rates, "losses": losses[:, None] * [0.5, 1.5]}
+    record = {"peaks": rates, "losses": losses[:, None] * [0.5, 1.5]}
     expected = np.clip(best, rates[0], rates[-1])
     np.testing.assert_allclose(schedule_peaks.best_peak(record), expected)
 
@@ -158,7 +159,7 @@ def test_the_resnet_has_nine_layers_of_its_width(width, side):
 
 
 def test_no_character_of_the_transformer_sees_a_later_one():
-    task = tasks.sums_transformer()
+    task = suite.sums_transformer()
     model = nnx.jit(task.make_model(nnx.Rngs(0)))
     tokens = task.held_out[0][:1]
     changed = tokens.at[0, 20].set((tokens[0, 20] + 1) % 10)
@@ -246,7 +247,7 @@ def test_augmentation_flips_and_shifts_and_keeps_the_labels():
 
 
 def test_batches_hold_every_example_once_an_epoch():
-    task = tasks.diabetes_mlp()
+    task = suite.diabetes()
     epoch = len(task.train[1]) // task.batch_size
     indices = tasks.batch_indices(task, 2 * epoch + 1, 0)
     assert indices.shape == (2 * epoch + 1, task.batch_size)
@@ -257,8 +258,8 @@ def test_batches_hold_every_example_once_an_epoch():
 
 
 def test_a_run_is_its_steps():
-    training = tasks.Training(tasks.diabetes_mlp(), lambda rate: optax.sgd(rate, 0.9))
-    task, state = tasks.diabetes_mlp(), training.start(3)
+    training = tasks.Training(suite.diabetes(), lambda rate: optax.sgd(rate, 0.9))
+    task, state = suite.diabetes(), training.start(3)
     _, losses = training.run(state, 0.01, tasks.batch_indices(task, 20, 3), 3)
     expected = []
     for batch in training.batches(3, 20):
