@@ -3,7 +3,7 @@
 The measurements by which ``range_test_quality`` judges which peak to take; it trains
 nothing itself, so another rule costs no training either. On each task of ``suite``:
 
-* the held-out loss of ``onecycle_sgd`` and ``onecycle_adamw`` at 17 peaks, a quarter of
+* the held-out loss of ``onecycle_sgd`` and ``onecycle_adamw`` at 21 peaks, a quarter of
   a decade apart, from 5 seeds. A run that ends worse than it began counts as that;
 * from 5 other seeds, on the optimizer that will train: range tests of 100 and 200
   steps, some with fast.ai's ladder, repeated with other orders of the batches; the
@@ -32,7 +32,7 @@ import optax_superconv as osc
 
 MOMENTUM, B2 = 0.9, 0.99  # The mean of the cycle's momentum, and the recipe's b2.
 CYCLES: Any = {"adamw": osc.onecycle_adamw, "sgd": osc.onecycle_sgd}
-PEAKS = {"adamw": np.logspace(-4, 0, 17), "sgd": np.logspace(-3, 1, 17)}
+PEAKS = np.logspace(-4, 1, 21)
 LADDERS = {"adamw": (1e-5, 10.0), "sgd": (1e-4, 100.0)}  # of thresholds
 MINI_PEAKS = {
     "adamw": np.logspace(-5, 0.25, 8),
@@ -184,12 +184,12 @@ def main() -> None:
     every, count, num_steps, repeats = 1, 5, 100, 5
     if args.smoke:
         members = {("noisy_cancer", "adamw"): True}
-        every, count, num_steps, repeats = 8, 2, 40, 1
+        every, count, num_steps, repeats = 10, 2, 40, 1
 
     def compute(name: str, optimizer: str) -> dict[str, Any]:
         task = suite.task_of(name, args.data)
         first = TUNING if members[name, optimizer] else REPORTING
-        peaks = PEAKS[optimizer][::every]
+        peaks = PEAKS[::every]
         seeds = range(first, first + count)
         losses, untrained = final_losses(task, optimizer, peaks, seeds)
         seeds = range(PROBING, PROBING + count)
@@ -219,12 +219,12 @@ def main() -> None:
     harness.report(
         args,
         "peaks_and_probes",
-        f"Held-out loss of one cycle at the best of {17 if every == 1 else 3} peaks, "
+        f"Held-out loss of one cycle at the best of {len(PEAKS[::every])} peaks, "
         f"mean ± s.d. of {count} seeds",
         rows,
         {"tasks": evidence},
         "What does one cycle reach at each peak rate?",
-        f"17 peaks, {len(found)} tasks x optimizers",
+        f"{len(PEAKS)} peaks, {len(found)} tasks x optimizers",
         f"{min(lengths)} to {max(lengths)}",
         "see the file",
         "none",
