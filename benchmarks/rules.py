@@ -15,7 +15,7 @@ from peaks_and_probes import MINI_PEAKS
 
 import optax_superconv as osc
 
-METHODS = ("knee", "halfway", "steepest", "minimum", "divergence")
+METHODS = ("knee", "halfway", "steepest", "minimum", "middle", "divergence")
 
 
 class Cell(NamedTuple):
@@ -213,6 +213,8 @@ def rules_that_read() -> Iterator[tuple[str, Rule]]:
             yield name, of_curves(suggested(method), size=size)
     for name, rule in FASTAI.items():
         yield name, of_curves(rule, "fastai")
+    yield "default", of_curves(osc.suggest_learning_rate)
+    yield "default, median of 5", of_curves(osc.suggest_learning_rate, size=5)
     yield "threshold / 2", half_threshold()
     yield "min(threshold / 2, curvature)", half_threshold_below_curvature()
     for part in (20, 40):
@@ -225,8 +227,8 @@ def rules_that_read() -> Iterator[tuple[str, Rule]]:
 def regret(cell: Cell, rate: float) -> float:
     """The loss at a rate over that at the best of the grid.
 
-    Both are means over the seeds, interpolated in the logs. No rate counts as the
-    untrained network, as do rates a thousand times below the grid or ten times above.
+    Both are means over the seeds, interpolated in the logs. NaN counts as the untrained
+    network, as do rates a thousand times below the grid or ten times above.
     """
     means = cell.losses.mean(axis=1)
     untrained = np.log(cell.untrained.mean() / means.min())
@@ -237,20 +239,28 @@ def regret(cell: Cell, rate: float) -> float:
     return float(np.exp(np.interp(np.log(rate), x, y)))
 
 
-def regret_of(cell: Cell, rates: Sequence[float], factor: float = 1.0) -> float:
-    """Mean over what was read off all probes of a task."""
-    return float(np.mean([regret(cell, factor * rate) for rate in rates]))
+def regret_of(
+    cell: Cell, rates: Sequence[float], factor: float = 1.0, otherwise: float = np.nan
+) -> float:
+    """Mean over what was read off all probes of a task; ``otherwise`` for no rate."""
+    taken = [factor * rate if np.isfinite(rate) else otherwise for rate in rates]
+    return float(np.mean([regret(cell, rate) for rate in taken]))
 
 
 def geometric_mean(values: Any) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
 
-def fitted_factor(cells: Sequence[Cell], rates: Sequence[Sequence[float]]) -> float:
+def fitted_factor(
+    cells: Sequence[Cell],
+    rates: Sequence[Sequence[float]],
+    otherwise: float = np.nan,
+) -> float:
     """To rates read off each cell: that with the least geometric mean of regrets."""
 
     def score(exponent: float) -> float:
         pairs = zip(cells, rates, strict=True)
-        return geometric_mean([regret_of(c, r, 10**exponent) for c, r in pairs])
+        found = [regret_of(c, r, 10**exponent, otherwise) for c, r in pairs]
+        return geometric_mean(found)
 
     return float(10 ** min(np.arange(-50, 21) / 10, key=score))

@@ -388,7 +388,7 @@ BAD_VALUES = [
     (
         lambda: suggest(method="slide"),
         "method",
-        "one of 'knee', 'halfway', 'steepest', 'minimum', 'divergence'",
+        "one of 'knee', 'halfway', 'steepest', 'minimum', 'middle', 'divergence'",
         "'slide'",
     ),
     (

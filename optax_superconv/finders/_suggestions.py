@@ -18,11 +18,11 @@ from optax_superconv.finders import _runs
 from optax_superconv.finders._range_test import RangeTestResult
 from optax_superconv.finders._steps import Optimizer
 
-Method = Literal["knee", "halfway", "steepest", "minimum", "divergence"]
+Method = Literal["knee", "halfway", "steepest", "minimum", "middle", "divergence"]
 
 # By whose moments the state held: of the methods those with the least regret of one
 # cycle, on the tasks of benchmarks/range_test_quality.py that were there to choose.
-DEFAULTS: dict[Optimizer, Method] = {"adamw": "knee", "sgd": "minimum"}
+DEFAULTS: dict[Optimizer, Method] = {"adamw": "knee", "sgd": "middle"}
 
 # Standard deviation, in decades of the rate, of the kernel that smooths a curve for the
 # knee, and how much of the fall is done there. Of the pairs whose spread stays below
@@ -163,6 +163,9 @@ def _read(result: RangeTestResult, curve: _Curve, method: Method) -> float:
     """What a method suggests from the smoothing that it reads."""
     log_rates, values = curve.log_rates, curve.values
     lowest = int(values.argmin())
+    if method == "middle":
+        ends = [_read(result, curve, end) for end in ("minimum", "divergence")]
+        return float(np.sqrt(np.prod(ends)))
     if method == "divergence":
         # Not from the smoothing, which sees a jump late.
         climb = _climb(curve.losses, curve.start, curve.noise, lowest)
@@ -288,6 +291,7 @@ def suggest_learning_rate(
     * ``"minimum"``: a tenth of the rate at which the loss is lowest, so Smith's reading
       is ten times this. Where the loss still falls at the end of the ladder, that end
       is taken for the minimum. Noise spreads it most.
+    * ``"middle"``: the geometric middle of ``"minimum"`` and ``"divergence"``.
     * ``"divergence"``: the last rate before the loss, having been lowest, climbs beyond
       its noise above where it started, or ceases to be finite. An upper limit rather
       than a rate to train at.

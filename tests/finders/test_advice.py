@@ -108,7 +108,7 @@ def test_all_finders_keep_whose_rates_they_hold(optimizer):
 # --- what is read, and where nothing tells --------------------------------------------
 
 RATES = np.geomspace(1e-6, 10, 100)
-LOSSES = 2.3 - 1.8 / (1 + (10**-2.5 / RATES)) + 0.02 * RATES**2
+LOSSES = 2.3 - 1.8 / (1 + (10**-2.5 / RATES)) + 2 * RATES**2
 CURVE = osc.RangeTestResult(RATES, LOSSES, LOSSES, False)
 OF = {name: dataclasses.replace(CURVE, optimizer=name) for name in ("sgd", "adamw")}
 

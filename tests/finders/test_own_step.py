@@ -948,7 +948,7 @@ def test_an_iterator_is_drawn_on_by_the_rung():
 # --- noise ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["knee", "halfway", "steepest", "minimum"])
+@pytest.mark.parametrize("method", ["knee", "halfway", "steepest", "minimum", "middle"])
 @pytest.mark.parametrize("period", range(2, 11))
 def test_few_batches_that_take_turns_are_flat(period, method):
     rates = np.geomspace(1e-6, 10, 100)
@@ -964,7 +964,7 @@ def test_few_batches_that_take_turns_are_flat(period, method):
             osc.suggest_learning_rate(result, method=method)
 
 
-@pytest.mark.parametrize("method", ["knee", "halfway", "minimum"])
+@pytest.mark.parametrize("method", ["knee", "halfway", "minimum", "middle"])
 @pytest.mark.parametrize("seed", range(5))
 def test_few_losses_that_stand_alone_are_flat(seed, method):
     """As rounding leaves them, or a bad batch in twenty."""
@@ -987,7 +987,7 @@ def test_a_fall_without_noise_that_swings_back_is_no_noise(momentum):
     result = osc.RangeTestResult(
         rates, np.array(losses), np.array(losses), True, optimizer="adamw"
     )
-    for method in ("knee", "halfway", "steepest", "minimum"):
+    for method in ("knee", "halfway", "steepest", "minimum", "middle"):
         assert 1e-4 < osc.suggest_learning_rate(result, method=method) < 1
 
 

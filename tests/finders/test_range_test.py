@@ -455,7 +455,7 @@ def as_result(losses, rates=RATES, diverged=False):
     )
 
 
-METHODS = ("knee", "halfway", "steepest", "minimum", "divergence")
+METHODS = ("knee", "halfway", "steepest", "minimum", "middle", "divergence")
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -479,6 +479,7 @@ def test_suggestions_on_a_known_curve(scale, shift):
         "minimum": lowest - 1,
         "divergence": fine[np.flatnonzero(falling(fine) <= falling(-7))][-1],
     }
+    known["middle"] = (known["minimum"] + known["divergence"]) / 2
     for method in METHODS:
         suggested = osc.suggest_learning_rate(result, method=method)
         assert abs(np.log10(suggested) - known[method]) < 0.25, method
@@ -522,7 +523,7 @@ def test_what_is_not_finite_is_ignored(method, bad):
     ) == osc.suggest_learning_rate(as_result(clean, diverged=True), method=method)
 
 
-@pytest.mark.parametrize("method", ["knee", "halfway", "steepest", "minimum"])
+@pytest.mark.parametrize("method", METHODS[:4])
 def test_an_explosion_does_not_reach_back(method):
     """Losses of 1e30 from 2 on move it by less than the kernel is wide."""
     x = np.log10(RATES)
@@ -534,13 +535,20 @@ def test_an_explosion_does_not_reach_back(method):
     assert abs(np.log10(suggested / expected)) < 0.5
 
 
-@pytest.mark.parametrize("method", ["knee", "halfway", "steepest", "minimum"])
+@pytest.mark.parametrize("method", METHODS[:4])
 def test_a_curve_that_only_falls_has_a_suggestion(method):
     result = as_result(2.0 - np.linspace(0, 1, 100))
     assert RATES[0] < osc.suggest_learning_rate(result, method=method) <= RATES[-1]
 
 
-@pytest.mark.parametrize("method", ["knee", "halfway", "steepest", "minimum"])
+def test_the_middle_asks_for_divergence():
+    result = as_result(2.0 - np.linspace(0, 1, 100))
+    for method in ("middle", "divergence"):
+        with pytest.raises(ValueError, match=r"diverged .*max_learning_rate"):
+            osc.suggest_learning_rate(result, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS[:-1])
 @pytest.mark.parametrize(
     ("losses", "advice"),
     [
