@@ -33,10 +33,12 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/late_decay_minimum_norm.py --out benchmarks/results
 	$(BIN)/python benchmarks/large_rate_regimes.py --out benchmarks/results
 	$(BIN)/python benchmarks/schedule_peaks.py --out benchmarks/results
+	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results
+	$(BIN)/python benchmarks/range_test_spread.py --out benchmarks/results
 	$(BIN)/python benchmarks/harness.py
 
 bench-quality: .venv/dev.stamp
-	for name in range_test_quality transfer late_decay_training; do \
+	for name in peaks_and_probes transfer late_decay_training; do \
 	    $(BIN)/python benchmarks/$$name.py --out benchmarks/results \
 	        $(if $(DATA),--data $(DATA)) || exit 1; \
 	done

@@ -12,8 +12,8 @@ unchanged; the row of one cycle says what the interpolation alone costs.
 
     python benchmarks/schedule_peaks.py [--smoke] [--out FOLDER]
 
-Some minutes on two cores; what an interruption leaves is not run again. Momentum is
-constant in all arms.
+About four minutes on two cores; what an interruption leaves is not run again. Momentum
+is constant in all arms.
 """
 
 import functools
@@ -200,7 +200,7 @@ def main() -> None:
         "Is a peak tuned for one cycle, carried by `transfer_peak`, as good for "
         "another schedule as one tuned for it?",
         f"carried / unchanged; {len(SCHEDULES) - 1} schedules, {len(makers)} tasks",
-        str(max(record["steps"] for record in found.values())),
+        " to ".join(str(f({r["steps"] for r in found.values()})) for f in (min, max)),
         "regret: " + "; ".join(told),
         "one grid for all schedules, instead of one for each",
     )

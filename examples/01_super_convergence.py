@@ -132,12 +132,10 @@ def spread(values, digits):
     return text if len(good) == len(values) else f"{text} ({len(good)}/{len(values)})"
 
 
-def draw(results, tests, peak, total, path):
+def draw(results, tests, total, path):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4))
-    osc.plotting.plot_range_test(tests, left, method=None)
-    left.axvline(peak, color="C3", label=f"chosen peak: {peak:.2g}")
+    osc.plotting.plot_range_test(tests, left)
     left.set_title("Range tests")
-    left.legend()
     rate, momentum = osc.onecycle(peak, total)
     dials = {"learning rate": rate, "momentum": momentum}
     osc.plotting.plot_schedule(dials, total, middle)
@@ -184,8 +182,7 @@ def main():
         )
         for seed in range(seeds)
     ]
-    # Smith (2018) takes for the peak the rate of the lowest loss, not a tenth of it.
-    peak = 10 * osc.suggest_learning_rate(tests, method="minimum")
+    peak = osc.suggest_learning_rate(tests)
 
     for arm, (make_tx, epochs) in arms.items():
         run = functools.partial(train, make_tx, epochs=epochs, data=data)
@@ -215,7 +212,7 @@ def main():
     console = Console()
     console.print(table)
     path = args.out / "01_super_convergence.png"
-    draw(results, tests, peak, short * EPOCH, path)
+    draw(results, tests, short * EPOCH, path)
     console.print(f"picture: {path}")
 
 

@@ -167,7 +167,7 @@ def main():
     )
     low, high = osc.suggest_interval(tests)
     suggestions = {
-        "knee, median of the repeats": osc.suggest_learning_rate(tests),
+        "suggested, median of the repeats": osc.suggest_learning_rate(tests),
         "low end of their interval": low,
         "high end of their interval": high,
         "convergence threshold": threshold.threshold,

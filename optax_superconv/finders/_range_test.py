@@ -187,7 +187,7 @@ def range_test(
       >>> w = jnp.zeros(())
       >>> result = osc.range_test(step_fn, (w, tx.init(w)), [jnp.ones(8)])
       >>> print(len(result.losses), f"{osc.suggest_learning_rate(result):.2f}")
-      100 0.05
+      100 0.35
 
     References:
       Smith, `Cyclical Learning Rates for Training Neural Networks

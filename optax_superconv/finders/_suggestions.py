@@ -275,7 +275,10 @@ def suggest_learning_rate(
     method: Method | None = None,
     optimizer: Optimizer | None = None,
 ) -> float:
-    """Reads a learning rate off the curve of a range test.
+    """Reads a peak rate for one cycle off the curve of a range test.
+
+    By default ``"knee"`` for AdamW, and ``"middle"`` for SGD, for which five repeats
+    are worth their steps: those did best on the tasks that chose between the methods.
 
     All methods read a centred smoothing of the losses in the log of the rate, so a
     suggestion neither lags nor depends on the test's ``smoothing``. Its width follows
@@ -283,32 +286,35 @@ def suggest_learning_rate(
 
     * ``"knee"``: where the loss, smoothed with a kernel of 0.8 decades, has done nine
       tenths of its fall, from its highest point before the minimum down to the minimum.
-      A peak rate for one cycle, on the low side: an explosion close to the fall draws
-      it down.
-    * ``"halfway"``: where the loss has done half of its fall; lower than the knee by a
-      factor of 4 in the median over tasks, and up to 17.
+      It is on the low side: an explosion close to the fall draws it down.
+    * ``"halfway"``: where the loss has done half of its fall.
     * ``"steepest"``: where the loss falls fastest per decade of the rate.
-    * ``"minimum"``: a tenth of the rate at which the loss is lowest, so Smith's reading
-      is ten times this. Where the loss still falls at the end of the ladder, that end
-      is taken for the minimum. Noise spreads it most.
+    * ``"minimum"``: a tenth of the rate at which the loss is lowest. Where the loss
+      still falls at the end of the ladder, that end is taken for the minimum.
     * ``"middle"``: the geometric middle of ``"minimum"`` and ``"divergence"``.
     * ``"divergence"``: the last rate before the loss, having been lowest, climbs beyond
       its noise above where it started, or ceases to be finite. An upper limit rather
       than a rate to train at.
 
+    REGRET
+
     Args:
       result: Result of :func:`range_test`, or a sequence of at least one. The
         suggestion is then the median of theirs. What follows a loss that is not finite
         is ignored. Held-out losses are read if the test took them.
-      method: One of the five above.
+      method: One of the six above. None is the default of the optimizer.
+      optimizer: ``"sgd"`` or ``"adamw"``, whichever is nearer to yours. None is what
+        the results tell: those of states with Adam's two moments (``mu``, ``nu``), or
+        with momentum (``trace``).
 
     Returns:
       The suggested rate, a float.
 
     Raises:
       ValueError: If the curve holds no suggestion: it has fewer than 10 finite losses,
-        it is flat, it rises from the start, or (with ``"divergence"``) nothing
-        diverged. The message says what to change.
+        it is flat, it rises from the start, or (with ``"middle"`` and ``"divergence"``)
+        nothing diverged. The message says what to change. If neither ``method`` nor
+        ``optimizer`` is given, and the results do not tell the optimizer.
 
     Warns:
       UserWarning: If some of several results hold no suggestion, for instance because
@@ -320,7 +326,7 @@ def suggest_learning_rate(
       >>> rates = np.geomspace(1e-6, 1.0, 61)
       >>> losses = 2 - 1 / (1 + (1e-3 / rates) ** 2)  # Half-way down at 1e-3.
       >>> result = osc.RangeTestResult(rates, losses, losses, False)
-      >>> print(f"{osc.suggest_learning_rate(result):.4f}")
+      >>> print(f"{osc.suggest_learning_rate(result, optimizer='adamw'):.4f}")
       0.0138
       >>> print(f"{osc.suggest_learning_rate(result, method='halfway'):.4f}")
       0.0010
@@ -329,8 +335,9 @@ def suggest_learning_rate(
 
     References:
       Smith, `A disciplined approach to neural network hyper-parameters
-      <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1); the names of the methods
-      are `fastai's <https://docs.fast.ai/callback.schedule.html>`_.
+      <https://arxiv.org/abs/1803.09820>`_, 2018 (section 4.1). The methods of `fastai
+      <https://docs.fast.ai/callback.schedule.html>`_ of similar names read a running
+      average, which lags.
     """
     results = as_results("result", result)
     method = method_for("result", results, method, optimizer)
@@ -355,7 +362,8 @@ def suggest_interval(
 
     Args:
       results: Results of :func:`range_test`, at least 2 that hold a suggestion.
-      method: Method of :func:`suggest_learning_rate`.
+      method: Method of :func:`suggest_learning_rate`. None is that of the optimizer.
+      optimizer: As for :func:`suggest_learning_rate`.
       level: The share of suggestions inside, above 0 and at most 1.
 
     Returns:
@@ -373,8 +381,8 @@ def suggest_interval(
       >>> for _ in range(5):
       ...     losses = 2 - 1 / (1 + (1e-3 / rates) ** 2) + 0.1 * rng.normal(size=61)
       ...     results.append(osc.RangeTestResult(rates, losses, losses, False))
-      >>> low, high = osc.suggest_interval(results)
-      >>> print(low < osc.suggest_learning_rate(results) < high)
+      >>> low, high = osc.suggest_interval(results, optimizer="adamw")
+      >>> print(low < osc.suggest_learning_rate(results, optimizer="adamw") < high)
       True
     """
     _checks.scalar("level", level, _checks.FRACTION)

@@ -52,7 +52,7 @@ def plot_range_test(
       >>> rates = np.geomspace(1e-6, 1.0, 61)
       >>> losses = 2 - 1 / (1 + (1e-3 / rates) ** 2)
       >>> result = osc.RangeTestResult(rates, losses, losses, False)
-      >>> ax = osc.plotting.plot_range_test(result)
+      >>> ax = osc.plotting.plot_range_test(result, optimizer="adamw")
       >>> print(ax.get_xscale(), ax.get_legend().get_texts()[-1].get_text())
       log knee: 0.014
     """

@@ -54,7 +54,9 @@ def transfer_peak(
     :math:`\gamma'` is that of the other schedule. This is the best constant factor of
     each schedule in the bound for the last iterate of a convex Lipschitz function under
     SGD without momentum (theorem 10 of Defazio et al.). For other optimizers, Adam for
-    instance, and for networks it is a start, to be tuned further.
+    instance, and for networks it is a start, to be tuned further. The bound does not
+    know how far the curvature lets a rate go, so with SGD a peak that is carried up may
+    be unstable.
 
     Steps at a rate of 0 change nothing, so they are left out, and with them those below
     1e-12 of the highest rate, which rounding leaves of 0. For a schedule that ends on a

@@ -1,7 +1,10 @@
-"""Which rate is advised: the same for an optimizer everywhere, and asked where unknown."""
+"""Which rate is advised: one per optimizer everywhere, and asked where unknown."""
 
 import dataclasses
+import inspect
+import json
 import re
+from typing import get_args
 
 import harness
 import jax
@@ -149,3 +152,69 @@ def test_a_curve_of_nobody_is_drawn_without_a_suggestion():
 
 
 # --- one advice -----------------------------------------------------------------------
+
+METHODS = get_args(_suggestions.Method)
+QUALITY = json.loads((harness.RESULTS / "range_test_quality.json").read_text())
+TEXTS = {path.name: path.read_text() for path in harness.DOCUMENTS}
+TEXTS["help"] = inspect.getdoc(osc.suggest_learning_rate) or ""
+CODE = {
+    path.name: path.read_text()
+    for path in (*harness.DOCUMENTS, *sorted((ROOT / "examples").glob("*.py")))
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_default_is_the_best_of_its_methods_on_the_tasks_that_chose(optimizer):
+    rules = QUALITY["evidence"]["rules"]
+    means = {
+        method: rules[f"{method}, median of 5"]["parts"][f"{optimizer}: chose"]["mean"]
+        for method in METHODS
+    }
+    assert min(means, key=means.__getitem__) == _suggestions.DEFAULTS[optimizer]
+
+
+@pytest.mark.parametrize("name", ["README.md", "find_the_rate.md", "help"])
+@pytest.mark.parametrize(("optimizer", "shown"), [("adamw", "AdamW"), ("sgd", "SGD")])
+def test_what_is_advised_is_the_default(name, optimizer, shown):
+    """Wherever a method is named for an optimizer, and at least once in each place."""
+    text = " ".join(TEXTS[name].split())
+    named = re.findall(rf'`"(\w+)"`+ for {shown}', text)
+    assert named
+    assert set(named) == {_suggestions.DEFAULTS[optimizer]}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_no_other_rate_is_taken_for_a_peak(name):
+    """Code takes what is suggested as it is; other rules stand in tables alone."""
+    assert not re.search(r"suggest_\w+\([^)]*method=", CODE[name])
+    assert not re.search(r"\d \* osc\.suggest|suggest_\w+\([^)]*\) [*/]", CODE[name])
+    if name.endswith(".md"):
+        prose = re.sub(r"^\|.*$", "", CODE[name], flags=re.MULTILINE)
+        assert not re.search(r"half of the (convergence )?threshold", prose)
+
+
+def test_the_methods_that_are_listed_are_those_that_there_are():
+    listed = re.findall(r'^\| `"(\w+)"`', TEXTS["find_the_rate.md"], flags=re.MULTILINE)
+    assert set(listed) == set(METHODS)
+    explained = re.findall(r'^\s*\* ``"(\w+)"``:', TEXTS["help"], flags=re.MULTILINE)
+    assert set(explained) == set(METHODS)
+
+
+@pytest.mark.parametrize("document", harness.DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_what_the_evidence_says(document):
+    text = document.read_text()
+    assert harness.with_tables(text, harness.RESULTS) == text
+    changed = re.sub(r"(\d)(?=[^|]*\|\n<!-- end)", lambda m: str(9 - int(m[1])), text)
+    assert harness.with_tables(changed, harness.RESULTS) == text
+
+
+@pytest.mark.parametrize("name", ["README.md", "help"])
+def test_figures_on_the_default_are_those_of_the_tasks_that_report(name):
+    """Geometric mean and worst task, as ``1.23 (the worst task 4.56)``."""
+    text = " ".join(TEXTS[name].split())
+    found = re.findall(r"(\d+\.\d\d) \(the worst task (\d+\.\d\d)\)", text)
+    rules = QUALITY["evidence"]["rules"]
+    rows = {"adamw": rules["default"], "sgd": rules["default, median of 5"]}
+    parts = [row["parts"][f"{o}: report"] for o, row in rows.items()]
+    expected = [(f"{p['mean']:.2f}", f"{p['worst']:.2f}") for p in parts]
+    assert found == expected
