@@ -132,7 +132,7 @@ def spread(values, digits):
     return text if len(good) == len(values) else f"{text} ({len(good)}/{len(values)})"
 
 
-def draw(results, tests, total, path):
+def draw(results, tests, peak, total, path):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4))
     osc.plotting.plot_range_test(tests, left)
     left.set_title("Range tests")
@@ -212,7 +212,7 @@ def main():
     console = Console()
     console.print(table)
     path = args.out / "01_super_convergence.png"
-    draw(results, tests, short * EPOCH, path)
+    draw(results, tests, peak, short * EPOCH, path)
     console.print(f"picture: {path}")
 
 

@@ -28,8 +28,8 @@ import optax
 
 from optax_superconv import _checks
 
-# Above, all steps are evaluated at once, if the schedule can; XLA then rounds otherwise,
-# and the last rates of a decay are small enough for that to move a peak by up to 1e-7.
+# Longer runs are evaluated at once, if the schedule can. XLA then rounds otherwise, and
+# the last rates of a decay are so small that this moves a peak by up to 1e-7.
 _LONG = 4096
 _NOTHING = 1e-12  # Of the highest rate. What rounding leaves of 0 is below.
 
