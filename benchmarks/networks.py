@@ -6,7 +6,7 @@ They scan on a CPU: XLA runs its own convolutions 16 times slower inside a loop 
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ class GRU(nnx.Module):
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.head(self.layer(self.tokens(tokens)))
+        return self.head(cast(jax.Array, self.layer(self.tokens(tokens))))
 
 
 class Factors(nnx.Module):

@@ -161,7 +161,8 @@ def probes(task, optimizer, num_steps, repeats, seeds) -> list[dict[str, Any]]:
 # --- what comes out -------------------------------------------------------------------
 
 
-def row_of(name: str, optimizer: str, chooses: bool, record: Any) -> dict[str, Any]:
+def row_of(member: tuple[str, str], chooses: bool, record: Any) -> dict[str, Any]:
+    name, optimizer = member
     peaks, losses = np.asarray(record["peaks"]), np.asarray(record["losses"])
     means = losses.mean(axis=1)
     best = peaks[means.argmin()]
@@ -203,7 +204,7 @@ def main() -> None:
 
     # One after the other, as each has threads of its own.
     found = harness.sweep(compute, members, args.parts, workers=1)
-    rows = [row_of(*key, members[key], record) for key, record in found.items()]
+    rows = [row_of(key, members[key], record) for key, record in found.items()]
     curves, evidence = {}, {}
     for (name, optimizer), record in found.items():
         key = f"{name} {optimizer}"

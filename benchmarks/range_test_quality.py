@@ -20,7 +20,7 @@ import numpy as np
 import rules
 from rules import Cell, Rule
 
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS: tuple[str, ...] = ("adamw", "sgd")
 HALVES = ("chose", "report")
 Parts = dict[tuple[str, str], list[Cell]]  # by optimizer and half
 ByOptimizer = dict[str, float]
@@ -157,7 +157,10 @@ def row_of(name: str, found: dict[str, Any]) -> dict[str, str]:
         shown = [form.format(values[optimizer]) for optimizer in OPTIMIZERS]
         return shown[0] if shown[0] == shown[1] else " / ".join(shown)
 
-    none = {o: np.mean([parts[o, half]["none"] for half in HALVES]) for o in OPTIMIZERS}
+    none = {
+        o: float(np.mean([parts[o, half]["none"] for half in HALVES]))
+        for o in OPTIMIZERS
+    }
     return {
         "rule": name,
         "times": by_optimizer("{:.2g}", found["factors"]),

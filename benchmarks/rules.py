@@ -44,6 +44,11 @@ def as_result(losses, low: float, diverged: bool, optimizer=None) -> Any:
     )
 
 
+def arrays_of(record: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Peaks, losses, and those of the untrained network."""
+    return tuple(np.asarray(record[n]) for n in ("peaks", "losses", "untrained"))  # pyright: ignore[reportReturnType]  # Three.
+
+
 def load(folder=harness.RESULTS) -> list[Cell]:
     """What ``peaks_and_probes`` stored."""
     record = json.loads((folder / "peaks_and_probes.json").read_text())["evidence"]
@@ -63,9 +68,18 @@ def load(folder=harness.RESULTS) -> list[Cell]:
                         strict=True,
                     )
                 ]
-        arrays = [np.asarray(found[n]) for n in ("peaks", "losses", "untrained")]
+        peaks, losses, untrained = arrays_of(found)
         cells.append(
-            Cell(task, optimizer, found["chooses"], found["steps"], *arrays, probes)
+            Cell(
+                task,
+                optimizer,
+                found["chooses"],
+                found["steps"],
+                peaks,
+                losses,
+                untrained,
+                probes,
+            )
         )
     return cells
 
@@ -152,7 +166,7 @@ def of_curves(rule: Callable[..., float], kind: str = "curves", size: int = 1) -
         return [float(np.median(part)) if part.size else np.nan for part in held]
 
     def steps(cell, probe) -> float:
-        return size * np.mean([len(curve.losses) for curve in probe[kind]])
+        return size * float(np.mean([len(curve.losses) for curve in probe[kind]]))
 
     return Rule(read, steps)
 
@@ -203,7 +217,7 @@ def half_threshold_below_curvature() -> Rule:
 
 
 def suggested(method: str) -> Callable[..., float]:
-    return functools.partial(osc.suggest_learning_rate, method=method)  # pyright: ignore[reportCallIssue]  # One of METHODS.
+    return functools.partial(osc.suggest_learning_rate, method=method)  # pyright: ignore[reportArgumentType]  # One of METHODS.
 
 
 def rules_that_read() -> Iterator[tuple[str, Rule]]:
@@ -213,6 +227,8 @@ def rules_that_read() -> Iterator[tuple[str, Rule]]:
             yield name, of_curves(suggested(method), size=size)
     for name, rule in FASTAI.items():
         yield name, of_curves(rule, "fastai")
+    for method in ("knee", "middle"):
+        yield f"{method}, 200 steps", of_curves(suggested(method), "slow")
     yield "default", of_curves(osc.suggest_learning_rate)
     yield "default, median of 5", of_curves(osc.suggest_learning_rate, size=5)
     yield "threshold / 2", half_threshold()

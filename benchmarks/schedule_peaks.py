@@ -121,8 +121,9 @@ def best_peak(record) -> float:
 
 
 def regret_at(record, peak: float) -> float:
-    arrays = [np.asarray(record[key]) for key in ("peaks", "losses", "untrained")]
-    return rules.regret(rules.Cell("", "", False, 0, *arrays, []), peak)
+    peaks, losses, untrained = rules.arrays_of(record)
+    cell = rules.Cell("", "", False, 0, peaks, losses, untrained, [])
+    return rules.regret(cell, peak)
 
 
 def summary(values: Sequence[float]) -> str:

@@ -159,8 +159,9 @@ def optimizer_of(state: Any) -> Optimizer | None:
             return "adamw"
         return "sgd" if "trace" in fields else None
 
-    found = {kind(node) for _, node in walk(state, lambda node: kind(node) is not None)}
-    return found.pop() if len(found) == 1 else None
+    found: list[Optimizer | None]
+    found = [kind(node) for _, node in walk(state, lambda node: kind(node) is not None)]
+    return found[0] if len(set(found)) == 1 else None
 
 
 def recorded(state: Any, knob: Knob) -> Any:

@@ -255,17 +255,16 @@ def method_for(
     if method is not None:
         _checks.choice("method", method, get_args(Method))
         return method
+    told: list[Optimizer | None] = [result.optimizer for result in results]
+    if optimizer is None and len(set(told)) == 1:
+        optimizer = told[0]
     if optimizer is None:
-        told = {result.optimizer for result in results}
-        known = [one for one in told if one is not None]
-        if len(told) != 1 or not known:
-            seen = " and ".join(sorted(map(str, told)))
-            raise ValueError(
-                f"`{name}` must tell whose rates it holds, got range tests with "
-                f"optimizer {seen}: give `optimizer='sgd'` or `optimizer='adamw'`, "
-                "whichever is nearer to yours, or a `method`."
-            )
-        optimizer = known[0]
+        seen = " and ".join(sorted({str(one) for one in told}))
+        raise ValueError(
+            f"`{name}` must tell whose rates it holds, got range tests with optimizer "
+            f"{seen}: give `optimizer='sgd'` or `optimizer='adamw'`, whichever is "
+            "nearer to yours, or a `method`."
+        )
     return DEFAULTS[optimizer]
 
 
