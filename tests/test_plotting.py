@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optax_superconv as osc
-from optax_superconv.finders import _grid_results, _suggestions
+from optax_superconv.finders import _grid_results, _readings
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -414,7 +414,7 @@ def test_at_climbing_rates_the_errors_of_both_curves_count(errors):
     rng, rates = np.random.default_rng(1), np.geomspace(1e-6, 10, 100, dtype="f4")
     losses = 2 - 1 / (1 + (1e-3 / rates) ** 2) + 0.1 * rng.normal(size=100)
     curve = osc.RangeTestResult(rates, losses, losses, False, optimizer="adamw")
-    smooth = _suggestions.smooth_curve(curve)
+    smooth = _readings.smooth_curve(curve)
     # The same errors of both, so theirs together is higher by the root of 2.
     both = np.stack([losses, losses + errors * smooth.errors[smooth.values.argmin()]])
     result = _grid_results.compare(both, rates, {"a": np.array([1.0, 2.0])})

@@ -10,8 +10,8 @@ import numpy as np
 from optax_superconv import _checks
 from optax_superconv.finders import _runs
 from optax_superconv.finders._range_test import RangeTestResult, read_curve
+from optax_superconv.finders._readings import smooth_curve
 from optax_superconv.finders._steps import Optimizer
-from optax_superconv.finders._suggestions import smooth_curve
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

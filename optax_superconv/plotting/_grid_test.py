@@ -13,7 +13,7 @@ from optax_superconv.finders._grid_results import (
     named,
     tied,
 )
-from optax_superconv.finders._suggestions import smooth_curve
+from optax_superconv.finders._readings import smooth_curve
 from optax_superconv.plotting._axes import check_kind, new_axes, without_outliers, zoom
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optax_superconv.finders import _suggestions
+from optax_superconv.finders import _readings, _suggestions
 from optax_superconv.finders._range_test import RangeTestResult
+from optax_superconv.finders._readings import Curve, Method
 from optax_superconv.finders._steps import Optimizer
-from optax_superconv.finders._suggestions import Method, _Curve
 from optax_superconv.plotting._axes import new_axes, without_outliers, zoom
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def plot_range_test(
     for k, test in enumerate(results):
         label = "_" if k else shown  # One entry in the legend.
         ax.plot(test.learning_rates, _losses_of(test), label=label, zorder=1, **raw)
-    curves: list[tuple[RangeTestResult, _Curve, float]] = []
+    curves: list[tuple[RangeTestResult, Curve, float]] = []
     for test in results:
         with contextlib.suppress(ValueError):  # Too few losses to smooth.
-            curves.append((test, *_suggestions.reading(test, method)))
+            curves.append((test, *_readings.reading(test, method)))
     for k, (_, curve, _) in enumerate(curves):
         label = "_" if k else "smoothed"
         ax.plot(10**curve.log_rates, curve.values, label=label, zorder=2, **smooth)
@@ -98,7 +98,7 @@ def _losses_of(test: RangeTestResult) -> np.ndarray:
     return test.losses if test.eval_losses is None else test.eval_losses
 
 
-def _view(curve: _Curve) -> tuple[float, float]:
+def _view(curve: Curve) -> tuple[float, float]:
     """The losses to be seen of a curve: its fall, and the noise."""
     falling = curve.values[: int(curve.values.argmin()) + 1]
     low = min(curve.losses.min(), falling[-1])
@@ -108,7 +108,7 @@ def _view(curve: _Curve) -> tuple[float, float]:
 def _mark(
     ax: Axes,
     method: Method,
-    holding: list[tuple[RangeTestResult, _Curve, float]],
+    holding: list[tuple[RangeTestResult, Curve, float]],
     num_results: int,
 ) -> None:
     """The suggestion of the curves that hold one."""

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import optax_superconv as osc
-from optax_superconv.finders import _steps, _suggestions
+from optax_superconv.finders import _readings, _steps, _suggestions
 
 PARAMS = {"body": jnp.ones((2, 3)), "head": jnp.ones(3)}
 FLOAT32 = {"hyperparam_dtype": jnp.float32}
@@ -153,7 +153,7 @@ def test_a_curve_of_nobody_is_drawn_without_a_suggestion():
 
 # --- one advice -----------------------------------------------------------------------
 
-METHODS = get_args(_suggestions.Method)
+METHODS = get_args(_readings.Method)
 QUALITY = json.loads((harness.RESULTS / "range_test_quality.json").read_text())
 TEXTS = {path.name: path.read_text() for path in harness.DOCUMENTS}
 TEXTS["help"] = inspect.getdoc(osc.suggest_learning_rate) or ""
