@@ -177,7 +177,7 @@ def suggest_interval(
     Args:
       results: Results of :func:`range_test`, at least 2 that hold a suggestion.
       method: Method of :func:`suggest_learning_rate`. None is that of the optimizer.
-      optimizer: See :func:`suggest_learning_rate`.
+      optimizer: None is what the results tell; see :func:`suggest_learning_rate`.
       level: The share of suggestions inside, above 0 and at most 1.
 
     Returns:
