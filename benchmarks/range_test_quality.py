@@ -70,8 +70,7 @@ def judged(
     pairs = zip(cells, rates, strict=True)
     tasks = {c.task: rules.regret_of(c, r, factor, otherwise) for c, r in pairs}
     missing = np.mean([not np.isfinite(r) for each in rates for r in each])
-    taken = {c.task: r for c, r in zip(cells, rates, strict=True)}
-    return bootstrap(tasks, draws) | {"none": float(missing), "rates": taken}
+    return bootstrap(tasks, draws) | {"none": float(missing)}
 
 
 def of_rule(
@@ -89,6 +88,8 @@ def of_rule(
     cost = {"steps": float(steps.mean()), "share": float(share.mean())}
     as_it_is = dict.fromkeys(OPTIMIZERS, 1.0)
     for label, factors in ((name, as_it_is), (f"{name}, fitted", fitted)):
+        if label.startswith("default") and factors is fitted:
+            continue  # A default that were fitted would be another rule.
         found = {
             part: judged(
                 cells, rates[part], factors[part[0]], constants[part[0]], draws
