@@ -33,8 +33,6 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/late_decay_minimum_norm.py --out benchmarks/results
 	$(BIN)/python benchmarks/large_rate_regimes.py --out benchmarks/results
 	$(BIN)/python benchmarks/schedule_peaks.py --out benchmarks/results
-	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results
-	$(BIN)/python benchmarks/range_test_spread.py --out benchmarks/results
 	$(BIN)/python benchmarks/harness.py
 
 bench-quality: .venv/dev.stamp
@@ -42,6 +40,8 @@ bench-quality: .venv/dev.stamp
 	    $(BIN)/python benchmarks/$$name.py --out benchmarks/results \
 	        $(if $(DATA),--data $(DATA)) || exit 1; \
 	done
+	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results
+	$(BIN)/python benchmarks/range_test_spread.py --out benchmarks/results
 	$(BIN)/python benchmarks/harness.py
 
 # The oldest JAX, Optax and Flax that pyproject.toml admits.

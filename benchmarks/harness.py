@@ -287,6 +287,13 @@ COLUMNS = ["question", "arms", "steps", "mean ± std (n)", "cost"]  # of a claim
 COLUMNS += ["device", "commit", "command"]
 
 
+def evidence_file(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Where evidence is kept; what another backend than the CPU gave has its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend, file = jax.default_backend(), pathlib.Path(name)
+    return folder / (file.stem + f"_{backend}" * (backend != "cpu") + file.suffix)
+
+
 def report(args, name, title, rows, evidence, *claim: str) -> None:
     """Prints the rows as a table, and stores them with evidence and environment.
 
@@ -311,10 +318,7 @@ def report(args, name, title, rows, evidence, *claim: str) -> None:
         "rows": rows,
         "evidence": to_json(evidence),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    backend = jax.default_backend()
-    name += f"_{backend}" * (backend != "cpu")
-    path = args.out / f"{name}.json"
+    path = evidence_file(args.out, f"{name}.json")
     path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"evidence: {os.path.relpath(path)}")
 

@@ -214,8 +214,8 @@ def main() -> None:
             curves[f"{key} {kind}"] = np.asarray(losses, np.float32)
         chooses = members[name, optimizer]
         evidence[key] = record | {"chooses": chooses, "probes": each}
-    args.out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(args.out / "peaks_and_probes.npz", **curves)
+    path = harness.evidence_file(args.out, "peaks_and_probes.npz")
+    np.savez_compressed(path, **curves)
     lengths = [record["steps"] for record in found.values()]
     harness.report(
         args,

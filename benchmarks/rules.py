@@ -6,6 +6,7 @@ smoothing and trimming.
 
 import functools
 import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,8 +50,10 @@ def arrays_of(record: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.asarray(record[n]) for n in ("peaks", "losses", "untrained"))  # pyright: ignore[reportReturnType]  # Three.
 
 
-def load(folder=harness.RESULTS) -> list[Cell]:
-    """What ``peaks_and_probes`` stored."""
+def load(folder: pathlib.Path) -> list[Cell]:
+    """What ``peaks_and_probes`` stored there, or else what is in the repository."""
+    if not (folder / "peaks_and_probes.json").exists():
+        folder = harness.RESULTS
     record = json.loads((folder / "peaks_and_probes.json").read_text())["evidence"]
     with np.load(folder / "peaks_and_probes.npz") as stored:
         curves = dict(stored)
@@ -96,9 +99,9 @@ def fastai_curve(result, num_steps=100) -> tuple[np.ndarray, np.ndarray]:
     return result.learning_rates[part], losses[part]
 
 
-def fastai_valley(result) -> float:
+def fastai_valley(result, num_steps: int = 100) -> float:
     """Half-way along the longest run of falling losses, gaps allowed."""
-    rates, losses = fastai_curve(result)
+    rates, losses = fastai_curve(result, num_steps)
     longest = np.ones(len(losses), int)
     for i in range(1, len(losses)):
         lower = longest[:i][losses[i] < losses[:i]]
@@ -109,9 +112,9 @@ def fastai_valley(result) -> float:
     return rates[start + int(third) + int(third / 2)]
 
 
-def fastai_slide(result) -> float:
+def fastai_slide(result, num_steps: int = 100) -> float:
     """Leftwards from the end, to where the slope changes by less than 0.005."""
-    rates, losses = fastai_curve(result)
+    rates, losses = fastai_curve(result, num_steps)
     slopes, right, found = np.gradient(losses), -1, rates[-16]
     while right - 15 >= -len(losses) and (
         abs(slopes[right] - slopes[right - 15]) > 0.005
@@ -121,13 +124,13 @@ def fastai_slide(result) -> float:
     return found
 
 
-def fastai_minimum(result) -> float:
-    rates, losses = fastai_curve(result)
+def fastai_minimum(result, num_steps: int = 100) -> float:
+    rates, losses = fastai_curve(result, num_steps)
     return rates[losses.argmin()] / 10
 
 
-def fastai_steep(result) -> float:
-    rates, losses = fastai_curve(result)
+def fastai_steep(result, num_steps: int = 100) -> float:
+    rates, losses = fastai_curve(result, num_steps)
     return rates[np.argmin(np.diff(losses) / np.diff(np.log(rates)))]
 
 
@@ -221,16 +224,18 @@ def suggested(method: str) -> Callable[..., float]:
 
 
 def rules_that_read() -> Iterator[tuple[str, Rule]]:
+    yield "default", of_curves(osc.suggest_learning_rate, "slow")  # As it is advised.
     for method in METHODS:
+        yield f"{method}, 200 steps", of_curves(suggested(method), "slow")
         for size in (1, 3, 5):
             name = method + f", median of {size}" * (size > 1)
             yield name, of_curves(suggested(method), size=size)
     for name, rule in FASTAI.items():
-        yield name, of_curves(rule, "fastai")
-    for method in ("knee", "middle"):
-        yield f"{method}, 200 steps", of_curves(suggested(method), "slow")
-    yield "default", of_curves(osc.suggest_learning_rate)
-    yield "default, median of 5", of_curves(osc.suggest_learning_rate, size=5)
+        longer = functools.partial(rule, num_steps=200)
+        yield f"{name}, 200 steps", of_curves(longer, "slow")
+        for size in (1, 3):
+            label = name + f", median of {size}" * (size > 1)
+            yield label, of_curves(rule, "fastai", size)
     yield "threshold / 2", half_threshold()
     yield "min(threshold / 2, curvature)", half_threshold_below_curvature()
     for part in (20, 40):

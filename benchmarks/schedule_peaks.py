@@ -1,11 +1,11 @@
 """Is the peak of one cycle, carried by transfer_peak, as good as one tuned anew?
 
 Each task is trained under five schedules by AdamW, and all but the transformer by SGD
-with Nesterov momentum, at 7 peaks half a decade apart, from two seeds. The best peak of
-a schedule is the minimum of the parabola through the best of the grid and its two
-neighbours, in the logs of peak and mean held-out loss, or the best of the grid at an
-edge. ``transfer_peak`` carries that of one cycle to each other schedule. The regret of
-a peak is the loss there over that at the best of the 7 under the same schedule,
+with Nesterov momentum, at 7 and 9 peaks half a decade apart, from two seeds. The best
+peak of a schedule is the minimum of the parabola through the best of the grid and its
+two neighbours, in the logs of peak and mean held-out loss, or the best of the grid at
+an edge. ``transfer_peak`` carries that of one cycle to each other schedule. The regret of
+a peak is the loss there over that at the best of the grid under the same schedule,
 interpolated in the logs between peaks (``rules.regret``). A run that ends worse than it
 began counts as the untrained network. The control is the same peak,
 unchanged; the row of one cycle says what the interpolation alone costs.
@@ -42,7 +42,7 @@ OPTIMIZERS: Any = {
     "adamw": functools.partial(osc.adamw, b1=0.9, b2=0.99, weight_decay=1e-2),
     "sgd": functools.partial(osc.sgd, momentum=0.9, nesterov=True),
 }
-GRIDS = {"adamw": np.logspace(-4, -1, 7), "sgd": np.logspace(-2.5, 0.5, 7)}
+GRIDS = {"adamw": np.logspace(-4, -1, 7), "sgd": np.logspace(-3.5, 0.5, 9)}
 
 # --- schedules ------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ def main() -> None:
         args,
         "schedule_peaks",
         "Held-out loss at the peak of one cycle, carried and unchanged, over that at "
-        "the best of 7: geometric mean over tasks, worst task",
+        "the best of a grid: geometric mean over tasks, worst task",
         rows,
         {
             "tasks": {" ".join(key): record for key, record in found.items()},

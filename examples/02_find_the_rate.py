@@ -150,7 +150,7 @@ def main():
     decayed_step_fn = jax.jit(functools.partial(update, decayed))
     batches = [stacked_batches(train, s, 100) for s in range(repeats)]
     tests = [
-        osc.range_test(step_fn, start(tx, s), batches[s], stacked=True)
+        osc.range_test(step_fn, start(tx, s), batches[s], num_steps=200, stacked=True)
         for s in range(repeats)
     ]
     threshold = osc.convergence_threshold(

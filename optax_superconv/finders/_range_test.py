@@ -144,7 +144,8 @@ def range_test(
       min_learning_rate: The lowest rate, above 0; the first step takes it exactly.
       max_learning_rate: The highest rate, above ``min_learning_rate``; the last step
         takes it exactly.
-      num_steps: Steps of the ladder, at least 2.
+      num_steps: Steps of the ladder, at least 2. What :func:`suggest_learning_rate`
+        reads is better of 200.
       eval_fn: ``state -> loss``, taken after every update, best jitted: the held-out
         loss at each rate. Suggestions then read it in place of the training loss. It
         must not change the state, so in Flax NNX evaluate an :func:`nnx.view` or a

@@ -111,6 +111,23 @@ def smooth_curve(result: RangeTestResult, *, bandwidth: float | None = None) -> 
     )
 
 
+def _fall_of(curve: Curve) -> tuple[int, int]:
+    """Where the fall to the lowest point begins and ends."""
+    lowest = int(curve.values.argmin())
+    return int(curve.values[: lowest + 1].argmax()), lowest
+
+
+def _check_fall(result: RangeTestResult, curve: Curve) -> None:
+    """Raises unless the curve falls by more than noise makes it fall."""
+    highest, lowest = _fall_of(curve)
+    doubt = 5 * np.hypot(curve.errors[highest], curve.errors[lowest])
+    doubt = max(doubt, 1e-6 * np.abs(curve.values).max())
+    falls = [x[highest] - x[lowest] for x in (curve.values, curve.steady)]
+    if not min(falls) > doubt:
+        why = _why(result, curve, doubt)
+        raise ValueError(f"`result` must be a curve with a fall in it, got {why}.")
+
+
 def _why(result: RangeTestResult, curve: Curve, doubt: float) -> str:
     """What a curve without a fall is, and what to do."""
     rises = np.flatnonzero(curve.steady > curve.steady[0] + doubt)
@@ -157,8 +174,12 @@ def _read(result: RangeTestResult, curve: Curve, method: Method) -> float:
     log_rates, values = curve.log_rates, curve.values
     lowest = int(values.argmin())
     if method == "middle":
-        ends = [_read(result, curve, end) for end in ("minimum", "divergence")]
-        return float(np.sqrt(np.prod(ends)))
+        low = _read(result, curve, "minimum")
+        try:
+            high = _read(result, curve, "divergence")
+        except ValueError:  # Clipping, for instance, may keep a loss from exploding.
+            high = 10 * low
+        return float(np.sqrt(low * high))
     if method == "divergence":
         # Not from the smoothing, which sees a jump late.
         climb = _climb(curve.losses, curve.start, curve.noise, lowest)
@@ -178,14 +199,10 @@ def _read(result: RangeTestResult, curve: Curve, method: Method) -> float:
         )
         return float(result.learning_rates[last])
 
-    highest = int(values[: lowest + 1].argmax())
+    # A wide kernel levels a fall that begins late, so another one says whether it is.
+    _check_fall(result, smooth_curve(result) if method == "knee" else curve)
+    highest, lowest = _fall_of(curve)
     fall = values[highest] - values[lowest]
-    doubt = 5 * np.hypot(curve.errors[highest], curve.errors[lowest])
-    doubt = max(doubt, 1e-6 * np.abs(values).max())
-    steady = curve.steady[highest] - curve.steady[lowest]
-    if not min(fall, steady) > doubt:
-        why = _why(result, curve, doubt)
-        raise ValueError(f"`result` must be a curve with a fall in it, got {why}.")
     if method == "minimum":
         return float(10 ** log_rates[lowest] / 10)
     falling = slice(highest, lowest + 1)

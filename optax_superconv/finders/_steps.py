@@ -153,15 +153,16 @@ def _index_of(key: str, node: Any) -> int:
 def optimizer_of(state: Any) -> Optimizer | None:
     """Whose rates these are: told by the moments that the state holds."""
 
-    def kind(node: Any) -> Optimizer | None:
-        fields = getattr(node, "_fields", ())
-        if "mu" in fields and "nu" in fields:
-            return "adamw"
-        return "sgd" if "trace" in fields else None
+    def moments_of(node: Any) -> set[str]:
+        return {"mu", "nu", "trace"} & set(getattr(node, "_fields", ()))
 
-    found: list[Optimizer | None]
-    found = [kind(node) for _, node in walk(state, lambda node: kind(node) is not None)]
-    return found[0] if len(set(found)) == 1 else None
+    found = [moments_of(node) for _, node in walk(state, lambda n: bool(moments_of(n)))]
+    known: tuple[tuple[Optimizer, set[str]], ...]
+    known = ("adamw", {"mu", "nu"}), ("sgd", {"trace"})
+    for optimizer, moments in known:
+        if found and all(held == moments for held in found):
+            return optimizer
+    return None  # No moments, those of another optimizer, or of several.
 
 
 def recorded(state: Any, knob: Knob) -> Any:

@@ -31,9 +31,9 @@ class ThresholdResult:
 
     Attributes:
       threshold: The geometric middle of the last bracket, whose ends were both run.
-      rate_before_fine_tuning: 1.5 times the threshold: a constant rate to train at
-        before fine-tuning or averaging, and no peak for a schedule; see
-        :func:`convergence_threshold`.
+      rate_before_fine_tuning: 1.5 times the threshold: a constant rate to try before
+        fine-tuning or averaging, and no peak for a schedule. Runs at it need not end
+        well; see :func:`convergence_threshold`.
       band_before_fine_tuning: The threshold and twice the threshold. Both stay below
         the lowest rate above the threshold that learned nothing.
       target_loss: What an end loss must reach to count as converged.

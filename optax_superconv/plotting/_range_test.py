@@ -57,8 +57,9 @@ def plot_range_test(
       log knee: 0.014
     """
     results = _suggestions.as_results("result", result)
-    known = optimizer or method or all(test.optimizer for test in results)
-    if known:
+    told = {test.optimizer for test in results}
+    asked = method is not None or optimizer is not None
+    if asked or (len(told) == 1 and None not in told):
         method = _suggestions.method_for("result", results, method, optimizer)
     ax = new_axes(ax)
     held_out = results[0].eval_losses is not None

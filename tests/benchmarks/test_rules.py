@@ -65,9 +65,7 @@ def test_factors_and_constants_come_from_the_half_that_chooses():
     constants = quality.best_constants(parts)
     assert constants == pytest.approx({"adamw": 1e-2, "sgd": 1e-2})
     rule = rules.Rule(lambda cell, probe: [1e-3], lambda cell, probe: 100)
-    plain, fitted = (
-        found for _, found in quality.of_rule("x", rule, parts, constants, 50)
-    )
+    plain, fitted = (found for _, found in quality.of_rule("x", rule, parts, 50))
     assert fitted["factors"] == pytest.approx({"adamw": 10.0, "sgd": 10.0})
     assert fitted["parts"]["sgd", "chose"]["mean"] == pytest.approx(1)
     assert fitted["parts"]["sgd", "report"]["mean"] == pytest.approx(

@@ -541,11 +541,13 @@ def test_a_curve_that_only_falls_has_a_suggestion(method):
     assert RATES[0] < osc.suggest_learning_rate(result, method=method) <= RATES[-1]
 
 
-def test_the_middle_asks_for_divergence():
+def test_the_middle_where_nothing_diverges_is_below_the_lowest_loss():
     result = as_result(2.0 - np.linspace(0, 1, 100))
-    for method in ("middle", "divergence"):
-        with pytest.raises(ValueError, match=r"diverged .*max_learning_rate"):
-            osc.suggest_learning_rate(result, method=method)
+    minimum = osc.suggest_learning_rate(result, method="minimum")
+    middle = osc.suggest_learning_rate(result, method="middle")
+    assert middle == pytest.approx(np.sqrt(10) * minimum)
+    with pytest.raises(ValueError, match=r"diverged .*max_learning_rate"):
+        osc.suggest_learning_rate(result, method="divergence")
 
 
 @pytest.mark.parametrize("method", METHODS[:-1])

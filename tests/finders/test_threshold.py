@@ -157,6 +157,7 @@ def test_what_comes_before_fine_tuning_is_above_the_threshold_and_still_learns(d
     dead = result.rates[(result.rates > low) & (np.array(result.regimes) == "3")]
     limit = min([*dead, np.inf])
     assert high == min(2 * low, limit)
+    assert high == pytest.approx(min(2, dies_at), rel=0.16)  # A rung of the ladder.
     assert low < result.rate_before_fine_tuning <= 1.5 * low
     assert result.rate_before_fine_tuning < limit
     if dies_at > 1.6:
