@@ -4,11 +4,11 @@ Each task is trained under five schedules by AdamW, and all but the transformer 
 with Nesterov momentum, at 7 and 9 peaks half a decade apart, from two seeds. The best
 peak of a schedule is the minimum of the parabola through the best of the grid and its
 two neighbours, in the logs of peak and mean held-out loss, or the best of the grid at
-an edge. ``transfer_peak`` carries that of one cycle to each other schedule. The regret of
-a peak is the loss there over that at the best of the grid under the same schedule,
+an edge. ``transfer_peak`` carries that of one cycle to each other schedule. The regret
+of a peak is the loss there over that at the best of the grid under the same schedule,
 interpolated in the logs between peaks (``rules.regret``). A run that ends worse than it
-began counts as the untrained network. The control is the same peak,
-unchanged; the row of one cycle says what the interpolation alone costs.
+began counts as the untrained network. The control is the same peak, unchanged; the row
+of one cycle says what the interpolation alone costs.
 
     python benchmarks/schedule_peaks.py [--smoke] [--out FOLDER]
 

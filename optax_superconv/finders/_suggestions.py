@@ -111,12 +111,13 @@ def suggest_learning_rate(
       its noise above where it started, or ceases to be finite. An upper limit rather
       than a rate to train at.
 
-    One cycle at that peak ended at 1.13 (the worst task 1.77) times the held-out loss
+    One cycle at that peak ended at 1.14 (the worst task 1.77) times the held-out loss
     of one cycle at the best of 21 peaks with AdamW, and at 1.16 (the worst task 1.79)
     with SGD: geometric means over the 8 and 5 tasks of
-    ``benchmarks/range_test_quality.py`` that report. It is too high for a run that
-    overfits in the end, which a few steps do not show. Of a test of 100 steps it was
-    level with AdamW but for one task, and worse with SGD on noisy losses.
+    ``benchmarks/range_test_quality.py`` that did not choose. The best constant rate
+    was at 1.36 and 1.89. It is too high for a run that overfits in the end, which a few
+    steps do not show. A test of 100 steps is misread more often where batches are noisy
+    or the loss falls late.
 
     Args:
       result: Result of :func:`range_test`, or a sequence of at least one. The

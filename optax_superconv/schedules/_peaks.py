@@ -30,7 +30,7 @@ from optax_superconv import _checks
 
 # Longer runs are evaluated at once, if the schedule can. XLA then rounds otherwise, and
 # the last rates of a decay are so small that this moves a peak by up to 1e-7.
-_LONG = 4096
+_LONG = 1024
 _NOTHING = 1e-12  # Of the highest rate. What rounding leaves of 0 is below.
 
 
