@@ -1,6 +1,7 @@
 """The range test and its suggestions."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -602,6 +603,22 @@ def test_a_fall_of_four_times_the_noise_is_found():
         except ValueError:
             pass
     assert found >= 190
+
+
+@pytest.mark.parametrize("method", METHODS[:-1])
+def test_a_fall_that_begins_late_is_found_by_all(method):
+    """Within half a decade of the explosion, in at least 90 of 100 curves."""
+    rates = np.geomspace(1e-6, 10, 200)
+    x, found = np.log10(rates), 0
+    smooth = 1 - 0.3 / (1 + np.exp(-8 * (x + 0.8))) + np.where(x > -0.5, 5.0, 0.0)
+    for seed in range(100):
+        losses = smooth + 0.05 * np.random.default_rng(seed).normal(size=200)
+        with contextlib.suppress(ValueError):
+            rate = osc.suggest_learning_rate(
+                as_result(losses, rates, diverged=True), method=method
+            )
+            found += 1e-3 < rate < 10**-0.4
+    assert found >= 90
 
 
 def test_the_steepest_fall_is_sought_before_the_minimum():
