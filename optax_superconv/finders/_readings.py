@@ -178,6 +178,8 @@ def _read(result: RangeTestResult, curve: Curve, method: Method) -> float:
         try:
             high = _read(result, curve, "divergence")
         except ValueError:  # Clipping, for instance, may keep a loss from exploding.
+            if lowest >= 0.95 * len(values):  # It still falls.
+                raise
             high = 10 * low
         return float(np.sqrt(low * high))
     if method == "divergence":

@@ -106,7 +106,8 @@ def suggest_learning_rate(
     * ``"minimum"``: a tenth of the rate at which the loss is lowest. Where the loss
       still falls at the end of the ladder, that end is taken for the minimum.
     * ``"middle"``: the geometric middle of ``"minimum"`` and ``"divergence"``, or where
-      nothing diverges, of ``"minimum"`` and the rate at which the loss is lowest.
+      nothing diverges, of ``"minimum"`` and the rate at which the loss is lowest, if
+      that is not the end of the ladder.
     * ``"divergence"``: the last rate before the loss, having been lowest, climbs beyond
       its noise above where it started, or ceases to be finite. An upper limit rather
       than a rate to train at.
@@ -115,9 +116,11 @@ def suggest_learning_rate(
     of one cycle at the best of 21 peaks with AdamW, and at 1.16 (the worst task 1.79)
     with SGD: geometric means over the 8 and 5 tasks of
     ``benchmarks/range_test_quality.py`` that did not choose. The best constant rate
-    was at 1.36 and 1.89. It is too high for a run that overfits in the end, which a few
-    steps do not show. A test of 100 steps is misread more often where batches are noisy
-    or the loss falls late.
+    was at 1.36 and 1.89. The rate is too high for a run that overfits in the end, and
+    too low where the loss first falls a little and learns later, as in regression
+    without noise: neither shows in a few steps. One more run at three times the rate
+    tells. A test of 100 steps is misread more often, where batches are noisy or the
+    loss falls late.
 
     Args:
       result: Result of :func:`range_test`, or a sequence of at least one. The
@@ -133,8 +136,8 @@ def suggest_learning_rate(
 
     Raises:
       ValueError: If the curve holds no suggestion: it has fewer than 10 finite losses,
-        it is flat, it rises from the start, or (with ``"divergence"``) nothing
-        diverged. The message says what to change. If neither ``method`` nor
+        it is flat, it rises from the start, or (with ``"middle"`` and ``"divergence"``)
+        nothing diverged. The message says what to change. If neither ``method`` nor
         ``optimizer`` is given, and the results do not tell the optimizer.
 
     Warns:

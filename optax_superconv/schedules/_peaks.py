@@ -64,8 +64,8 @@ def transfer_peak(
     comes out too low.
 
     Args:
-      peak: The peak that is known, above 0. It may be traced, and then so is the
-        result.
+      peak: The peak that is known, above 0. It may be traced, then it is not
+        checked, and the result is traced as well.
       from_schedule: The schedule that it was tuned for, or a number for a constant
         rate. Only its shape matters: all values may have any common factor. At steps 0
         to ``total_steps - 1`` it is finite and at least 0, and not always 0.

@@ -543,7 +543,11 @@ def test_a_curve_that_only_falls_has_a_suggestion(method):
 
 
 def test_the_middle_where_nothing_diverges_is_below_the_lowest_loss():
-    result = as_result(2.0 - np.linspace(0, 1, 100))
+    x = np.log10(RATES)
+    falls = 2.0 - 1 / (1 + np.exp(-3 * (x + 2)))
+    with pytest.raises(ValueError, match=r"diverged .*max_learning_rate"):
+        osc.suggest_learning_rate(as_result(falls[:60]), method="middle")
+    result = as_result(falls + 0.02 * np.maximum(x + 0.5, 0))
     minimum = osc.suggest_learning_rate(result, method="minimum")
     middle = osc.suggest_learning_rate(result, method="middle")
     assert middle == pytest.approx(np.sqrt(10) * minimum)
