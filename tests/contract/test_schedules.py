@@ -189,6 +189,7 @@ def test_onecycle_of_every_short_length(total, shape):
     check_onecycles(lengths, shape, np.arange(total + 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("total", [100, 1000, 10**8])
 def test_onecycle_of_long_length(total, shape):

@@ -86,6 +86,7 @@ def test_an_eager_update_gives_the_same(tx, whole, step):
     chex.assert_trees_all_close(params, at(whole[0], step), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_value_may_be_traced_and_batched(case, whole):
     def run(value):
         return scan_steps(case.make(value), PARAMS, GRADS, read=nothing)[0]
@@ -194,6 +195,7 @@ def test_wrappers_change_nothing_for_what_they_pass_on(tx, whole, wrap):
     assert_close(params["kernel"], whole[0]["kernel"][SOME])
 
 
+@pytest.mark.slow
 def test_apply_if_finite_changes_nothing(tx, whole):
     finite = optax.apply_if_finite(tx, 3)
     params, _ = scan(finite, PARAMS, at(GRADS, SOME), read=nothing)
@@ -211,6 +213,7 @@ def test_inject_hyperparams_gives_the_same(case):
     chex.assert_trees_all_close(inside, outside, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded_over_eight_devices_gives_the_same(tx, whole):
     mesh = jax.make_mesh((8,), ("data",))
 

@@ -32,6 +32,7 @@ def applied(tx, state):
     return np.array(sizes), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("link", LINKS)
 def test_each_name_sets_its_own_group_and_no_other(link, labels):

@@ -67,6 +67,7 @@ def switched(before, after):
     return lambda t: jnp.where(t < K, before(t), after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dial", DIALS)
 def test_held_from_a_step_on_is_a_schedule_of_that_value(dial):
     name, make, kind, value = DIALS[dial]

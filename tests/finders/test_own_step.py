@@ -363,6 +363,7 @@ def linen_state(tx, dtype=jnp.float32):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
 )

@@ -486,6 +486,7 @@ def test_suggestions_on_a_known_curve(scale, shift):
         assert abs(np.log10(suggested) - known[method]) < 0.25, method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.02, 0.05, 0.1, 0.2])
 def test_the_default_is_steady_under_noise(noise):
     """5 to 95 % over 200 seeds within a factor of 2, in each of 5 families of seeds."""

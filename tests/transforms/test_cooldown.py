@@ -55,6 +55,7 @@ PAIRS = [(0, 1), (0, 9), (3, 20), (10, 2), (17, 5), (39, 3)]
 PAIRS += [(5, 10**6), (7, INT32_MAX - 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "end"), ENDS)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_trigger_equals_a_plan(schedule, shape, end):

@@ -61,6 +61,7 @@ def test_complex_parameters_keep_their_phase():
     assert state.nu.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [osc.onecycle_adamw, osc.onecycle_sgd])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_thousand_steps_in_half_precision(make, dtype):
