@@ -28,8 +28,8 @@ import optax
 
 from optax_superconv import _checks
 
-# Longer runs are evaluated at once, if the schedule can. XLA then rounds otherwise, and
-# the last rates of a decay are so small that this moves a peak by up to 1e-7.
+# JAX evaluates longer runs at once. It then rounds otherwise, and the last rates of a
+# decay are so small that this moves a peak by up to 1e-7.
 _LONG = 1024
 _NOTHING = 1e-12  # Of the highest rate. What rounding leaves of 0 is below.
 
@@ -137,10 +137,10 @@ def _shape(name: str, schedule: Any, total: int) -> np.ndarray:
 def _evaluate(name: str, schedule: Callable[[Any], Any], total: int) -> np.ndarray:
     with jax.ensure_compile_time_eval():
         rates = None
-        if total > _LONG:
+        if total > _LONG and isinstance(schedule(0), jax.Array):
             with contextlib.suppress(TypeError, IndexError):
                 rates = jax.vmap(schedule)(np.arange(total, dtype=np.int32))
-        if rates is None:  # Short, or Python that asks for the number of the step.
+        if rates is None:  # Short, or of Python, which is quick and in float64.
             rates = [schedule(count) for count in range(total)]
     if any(isinstance(rate, jax.core.Tracer) for rate in jax.tree.leaves(rates)):
         raise TypeError(

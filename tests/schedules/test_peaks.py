@@ -161,6 +161,18 @@ def test_steps_that_change_nothing_do_not_count(nothing):
     np.testing.assert_allclose(found, 0.3, rtol=1e-12)
 
 
+def test_a_long_schedule_of_python_is_kept_in_float64():
+    """JAX could evaluate it as well, in float32."""
+    total = 2000
+    linear, quadratic = (
+        lambda t, shape=SHAPES[name]: shape(t / total)
+        for name in ("linear", "quadratic")
+    )
+    found = osc.transfer_peak(0.3, linear, quadratic, total)
+    expected = 0.3 * best_peak("quadratic", total) / best_peak("linear", total)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def test_a_single_step_that_trains():
     assert osc.transfer_peak(0.3, lambda t: t == 2, 1.0, 5, to_total_steps=1) == 0.3
 
