@@ -13,7 +13,7 @@ nothing itself, so another rule costs no training either. On each task of ``suit
 
     python benchmarks/peaks_and_probes.py [--smoke] [--data CIFAR10] [--out FOLDER]
 
-About 40 minutes on two cores with CIFAR-10, of which two tasks are made; what an
+About 35 minutes on two cores with CIFAR-10, of which two tasks are made; what an
 interruption leaves is not run again. Curves are in ``peaks_and_probes.npz``.
 """
 

@@ -7,7 +7,7 @@ smoothing and trimming.
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import harness
@@ -174,11 +174,7 @@ def of_curves(rule: Callable[..., float], kind: str = "curves", size: int = 1) -
     return Rule(read, steps)
 
 
-def constant(rates: Mapping[str, float]) -> Rule:
-    return Rule(lambda cell, probe: [rates[cell.optimizer]], lambda cell, probe: 0)
-
-
-def lowest_mini(part: int, parabola: bool = True) -> Rule:
+def lowest_mini(part: int) -> Rule:
     """The peak of the short one cycles with the lowest loss on its training examples.
 
     That of the parabola through it and its neighbours, at most half a spacing away.
@@ -189,7 +185,7 @@ def lowest_mini(part: int, parabola: bool = True) -> Rule:
         losses = np.array(probe["minis"][column], float)
         losses = np.where(np.isfinite(losses), losses, np.inf)
         x, best = np.log(MINI_PEAKS[cell.optimizer]), int(losses.argmin())
-        if not parabola or best in (0, len(x) - 1):
+        if best in (0, len(x) - 1):
             return [float(np.exp(x[best]))]
         y = np.log(np.maximum(losses[best - 1 : best + 2], 1e-30))
         bend = y[0] - 2 * y[1] + y[2]

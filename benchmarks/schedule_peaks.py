@@ -12,7 +12,7 @@ of one cycle says what the interpolation alone costs.
 
     python benchmarks/schedule_peaks.py [--smoke] [--out FOLDER]
 
-About four minutes on two cores; what an interruption leaves is not run again. Momentum
+About five minutes on two cores; what an interruption leaves is not run again. Momentum
 is constant in all arms.
 """
 
