@@ -189,7 +189,7 @@ def convergence_threshold(
     to 1.7 decades wide in Sadrtdinov et al.'s set-ups, and twice the threshold lies
     inside in all of them; hence ``band_before_fine_tuning``. That 1.5 times the
     threshold is a good rate to train at before fine-tuning is our reading, not the
-    paper's. As the peak of one cycle it is far too high.
+    paper's. Such a rate is far too high for the peak of one cycle.
 
     Args:
       step_fn: ``(state, batch) -> (state, loss)``, your own training step, as for
