@@ -177,10 +177,10 @@ def _read(result: RangeTestResult, curve: Curve, method: Method) -> float:
         low = _read(result, curve, "minimum")
         try:
             high = _read(result, curve, "divergence")
-        except ValueError:  # Clipping, for instance, may keep a loss from exploding.
+        except ValueError:  # Batch norms, for instance, keep a loss from exploding.
             if lowest >= 0.95 * len(values):  # It still falls.
                 raise
-            high = 10 * low
+            high = float(result.learning_rates[-1])
         return float(np.sqrt(low * high))
     if method == "divergence":
         # Not from the smoothing, which sees a jump late.

@@ -106,8 +106,8 @@ def suggest_learning_rate(
     * ``"minimum"``: a tenth of the rate at which the loss is lowest. Where the loss
       still falls at the end of the ladder, that end is taken for the minimum.
     * ``"middle"``: the geometric middle of ``"minimum"`` and ``"divergence"``, or where
-      nothing diverges, of ``"minimum"`` and the rate at which the loss is lowest, if
-      that is not the end of the ladder.
+      nothing diverges (batch norms often see to that), of ``"minimum"`` and the highest
+      rate of the ladder, if the loss is not lowest there.
     * ``"divergence"``: the last rate before the loss, having been lowest, climbs beyond
       its noise above where it started, or ceases to be finite. An upper limit rather
       than a rate to train at.
