@@ -113,7 +113,7 @@ def suggest_learning_rate(
       than a rate to train at.
 
     One cycle at that peak ended at 1.14 (the worst task 1.77) times the held-out loss
-    of one cycle at the best of 21 peaks with AdamW, and at 1.16 (the worst task 1.79)
+    of one cycle at the best of 21 peaks with AdamW, and at 1.17 (the worst task 1.79)
     with SGD: geometric means over the 8 and 5 tasks of
     ``benchmarks/range_test_quality.py`` that did not choose. The best constant rate
     was at 1.36 and 1.89. The rate is too high for a run that overfits in the end, and
