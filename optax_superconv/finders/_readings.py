@@ -178,8 +178,12 @@ def _read(result: RangeTestResult, curve: Curve, method: Method) -> float:
         try:
             high = _read(result, curve, "divergence")
         except ValueError:  # Batch norms, for instance, keep a loss from exploding.
-            if lowest >= 0.95 * len(values):  # It still falls.
+            # On the plateau that they leave, noise says where the loss is lowest.
+            doubt = 3 * np.hypot(curve.errors, curve.errors[lowest])
+            first = int(np.argmax(values <= values[lowest] + doubt))
+            if first >= 0.95 * len(values):  # It still falls.
                 raise
+            low = 10 ** log_rates[first] / 10
             high = float(result.learning_rates[-1])
         return float(np.sqrt(low * high))
     if method == "divergence":

@@ -106,14 +106,15 @@ def suggest_learning_rate(
     * ``"minimum"``: a tenth of the rate at which the loss is lowest. Where the loss
       still falls at the end of the ladder, that end is taken for the minimum.
     * ``"middle"``: the geometric middle of ``"minimum"`` and ``"divergence"``, or where
-      nothing diverges (batch norms often see to that), of ``"minimum"`` and the highest
-      rate of the ladder, if the loss is not lowest there.
+      nothing diverges (batch norms often see to that), of a tenth of the first rate at
+      which the loss is, but for noise, as low as it gets, and of the highest rate, if
+      it does not still fall there.
     * ``"divergence"``: the last rate before the loss, having been lowest, climbs beyond
       its noise above where it started, or ceases to be finite. An upper limit rather
       than a rate to train at.
 
     One cycle at that peak ended at 1.14 (the worst task 1.77) times the held-out loss
-    of one cycle at the best of 21 peaks with AdamW, and at 1.17 (the worst task 1.79)
+    of one cycle at the best of 21 peaks with AdamW, and at 1.16 (the worst task 1.79)
     with SGD: geometric means over the 8 and 5 tasks of
     ``benchmarks/range_test_quality.py`` that did not choose. The best constant rate
     was at 1.36 and 1.89. The rate is too high for a run that overfits in the end, and
