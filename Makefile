@@ -33,7 +33,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/late_decay_minimum_norm.py --out benchmarks/results
 	$(BIN)/python benchmarks/large_rate_regimes.py --out benchmarks/results
 	$(BIN)/python benchmarks/schedule_peaks.py --out benchmarks/results
-	$(BIN)/python benchmarks/harness.py
+	$(BIN)/python benchmarks/documents.py
 
 bench-quality: .venv/dev.stamp
 	for name in peaks_and_probes transfer late_decay_training; do \
@@ -42,7 +42,7 @@ bench-quality: .venv/dev.stamp
 	done
 	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results
 	$(BIN)/python benchmarks/range_test_spread.py --out benchmarks/results
-	$(BIN)/python benchmarks/harness.py
+	$(BIN)/python benchmarks/documents.py
 
 # The oldest JAX, Optax and Flax that pyproject.toml admits.
 test-oldest:

@@ -1,11 +1,7 @@
 """How are numbers measured, compared, shown and kept? Shared by all benchmarks.
 
-What is trained stands in ``tasks``, ``suite``, ``networks`` and ``data``. Run as a
-script, this writes what documents quote: the table of all claims that
-``benchmarks/README.md`` is, and the tables of ``README.md`` and ``docs`` that stand
-between markers::
-
-    python benchmarks/harness.py
+What is trained stands in ``tasks``, ``suite``, ``networks`` and ``data``; ``documents``
+writes what is quoted.
 """
 
 import argparse
@@ -20,7 +16,6 @@ import os
 import pathlib
 import platform
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +66,12 @@ def parse_args(
     script = pathlib.Path(sys.argv[0])
     args.parts = args.out / "parts" / script.stem / kind
     args.command = f"python benchmarks/{script.name}" + " --data CIFAR10" * with_data
+    kept = {path.name: path.read_text() for path in args.out.glob("*.json")}
+    kept = {name: json.loads(text)["claim"]["command"] for name, text in kept.items()}
+    if args.smoke and args.out.resolve() == RESULTS:
+        parser.error("--smoke runs are no evidence: give another --out")
+    if takes_data and f"{args.command} --data CIFAR10" in kept.values():
+        parser.error(f"{args.out} holds evidence made with --data: give it, or --out")
     if args.smoke:
         jax.config.update("jax_disable_most_optimizations", True)
     return args
@@ -321,59 +322,3 @@ def report(args, name, title, rows, evidence, *claim: str) -> None:
     path = evidence_file(args.out, f"{name}.json")
     path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"evidence: {os.path.relpath(path)}")
-
-
-def table_of_claims(results: pathlib.Path) -> str:
-    """``benchmarks/README.md``, from the JSON files of ``results``."""
-    lines = [
-        "# Benchmarks\n",
-        "What was measured, by which command, on what. Written by "
-        "`python benchmarks/harness.py` from the evidence in `results/`, one file per "
-        "claim, with the results of each seed.\n",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-    ]
-    for path in sorted(results.glob("*.json")):
-        record = json.loads(path.read_text())
-        where = record["environment"]
-        row = record["claim"] | {
-            "device": f"{where['device']}, {where['cores']} cores, jax {where['jax']}",
-            "commit": where["commit"],
-            "command": f"`{record['claim']['command']}`",
-        }
-        lines.append("| " + " | ".join(row[column] for column in COLUMNS) + " |")
-    return "\n".join(lines) + "\n"
-
-
-_TABLE = re.compile(r"(<!-- table (\{.*?\}) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-
-
-def with_tables(text: str, results: pathlib.Path) -> str:
-    """A document with its tables written anew from the evidence.
-
-    A table stands between ``<!-- table {...} -->`` and ``<!-- end -->``. The JSON says
-    of which file it is (``"of"``), which of its columns are shown under which headings
-    (``"columns"``), and, by their first column, which rows (``"rows"``; all without).
-    """
-
-    def render(found: re.Match[str]) -> str:
-        wanted = json.loads(found[2])
-        rows = json.loads((results / f"{wanted['of']}.json").read_text())["rows"]
-        by_name = {next(iter(row.values())): row for row in rows}
-        columns = wanted["columns"]
-        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        for name in wanted.get("rows", by_name):
-            cells = [str(by_name[name][column]) for column in columns.values()]
-            lines.append("| " + " | ".join(cells) + " |")
-        return found[1] + "\n".join(lines) + "\n" + found[3]
-
-    return _TABLE.sub(render, text)
-
-
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-
-
-if __name__ == "__main__":
-    (ROOT / "benchmarks" / "README.md").write_text(table_of_claims(RESULTS))
-    for document in DOCUMENTS:
-        document.write_text(with_tables(document.read_text(), RESULTS))

@@ -13,7 +13,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 BENCHMARKS = [
     path
     for path in sorted((ROOT / "benchmarks").glob("*.py"))
-    if path.stem not in ("data", "harness", "networks", "rules", "suite", "tasks")
+    if re.search("^if __name__", path.read_text(), flags=re.M)
+    and path.stem != "documents"
 ]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 

@@ -4,9 +4,11 @@ import argparse
 import io
 import itertools
 import json
+import sys
 import tarfile
 
 import data
+import documents
 import harness
 import jax
 import jax.numpy as jnp
@@ -50,11 +52,6 @@ def test_an_interruption_leaves_nothing_to_resume_from(tmp_path):
     assert harness.resumable(tmp_path / "part.json", lambda: 1) == 1
 
 
-def test_the_table_of_claims_is_what_the_evidence_says():
-    written = (ROOT / "benchmarks" / "README.md").read_text()
-    assert written == harness.table_of_claims(harness.RESULTS)
-
-
 def test_the_evidence_is_of_committed_sources_and_of_commands_that_exist():
     for path in harness.RESULTS.glob("*.json"):
         record = json.loads(path.read_text())
@@ -69,9 +66,35 @@ def test_a_report_is_a_row_of_the_table_of_claims(tmp_path):
     harness.report(args, "x", "title", rows, evidence, *claim)
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["evidence"] == {"losses": [1.0, None]}
-    row = harness.table_of_claims(tmp_path).splitlines()[-1]
+    row = documents.table_of_claims(tmp_path).splitlines()[-1]
     assert row.startswith("| Why? | a / b | 10 | 1.00 ± 0.10 (n=2) | none |")
     assert row.endswith("| `python benchmarks/x.py` |")
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [([], True), (["--data", "x.npz"], False), (["--smoke"], True)],
+)
+def test_evidence_of_more_data_is_not_overwritten(
+    options, refused, tmp_path, monkeypatch, capsys
+):
+    command = "python benchmarks/x.py --data CIFAR10"
+    (tmp_path / "x.json").write_text(json.dumps({"claim": {"command": command}}))
+    monkeypatch.setattr(sys, "argv", ["x.py", "--out", str(tmp_path), *options])
+    if refused:
+        with pytest.raises(SystemExit):
+            harness.parse_args(None, takes_data=True)
+        assert "holds evidence made with --data" in capsys.readouterr().err
+    else:
+        assert harness.parse_args(None, takes_data=True).command == command
+
+
+def test_a_smoke_run_is_no_evidence(monkeypatch, capsys):
+    argv = ["x.py", "--smoke", "--out", str(harness.RESULTS)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        harness.parse_args(None)
+    assert "no evidence" in capsys.readouterr().err
 
 
 # --- measurement ----------------------------------------------------------------------

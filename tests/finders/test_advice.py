@@ -6,6 +6,7 @@ import json
 import re
 from typing import get_args
 
+import documents
 import harness
 import jax
 import jax.numpy as jnp
@@ -170,11 +171,11 @@ def test_a_curve_of_nobody_is_drawn_without_a_suggestion():
 
 METHODS = get_args(_readings.Method)
 QUALITY = json.loads((harness.RESULTS / "range_test_quality.json").read_text())
-TEXTS = {path.name: path.read_text() for path in harness.DOCUMENTS}
+TEXTS = {path.name: path.read_text() for path in documents.DOCUMENTS}
 TEXTS["help"] = inspect.getdoc(osc.suggest_learning_rate) or ""
 CODE = {
     path.name: path.read_text()
-    for path in (*harness.DOCUMENTS, *sorted((ROOT / "examples").glob("*.py")))
+    for path in (*documents.DOCUMENTS, *sorted((ROOT / "examples").glob("*.py")))
 }
 
 
@@ -213,14 +214,6 @@ def test_the_methods_that_are_listed_are_those_that_there_are():
     assert set(listed) == set(METHODS)
     explained = re.findall(r'^\s*\* ``"(\w+)"``:', TEXTS["help"], flags=re.MULTILINE)
     assert set(explained) == set(METHODS)
-
-
-@pytest.mark.parametrize("document", harness.DOCUMENTS, ids=lambda path: path.name)
-def test_tables_are_what_the_evidence_says(document):
-    text = document.read_text()
-    assert harness.with_tables(text, harness.RESULTS) == text
-    changed = re.sub(r"(\d)(?=[^|]*\|\n<!-- end)", lambda m: str(9 - int(m[1])), text)
-    assert harness.with_tables(changed, harness.RESULTS) == text
 
 
 @pytest.mark.parametrize("name", ["README.md", "help"])
