@@ -284,7 +284,7 @@ def curve(axes, x, samples: Iterable[Any], style: str, label: str) -> None:
     axes.errorbar(x, means, errors, fmt=style, markersize=5, label=label)
 
 
-COLUMNS = ["question", "arms", "steps", "mean ± std (n)", "cost"]  # of a claim
+COLUMNS = ["question", "arms", "steps", "result", "cost"]  # of a claim
 COLUMNS += ["device", "commit", "command"]
 
 
@@ -300,7 +300,7 @@ def report(args, name, title, rows, evidence, *claim: str) -> None:
 
     The file of another backend than the CPU is named after it: ``<name>_gpu.json``.
     ``claim`` is a row of ``benchmarks/README.md`` up to its device: question, arms,
-    steps, mean ± std (n), cost.
+    steps, result, cost.
     """
     console = Console(width=150)
     where = environment()

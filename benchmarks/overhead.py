@@ -29,6 +29,7 @@ import itertools
 import math
 import re
 import statistics
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import harness
@@ -337,6 +338,11 @@ def measure(optimizers, params, budget) -> dict[str, dict[str, Any]]:
 # --- what comes out -------------------------------------------------------------------
 
 
+def medians(samples: Iterable[Any]) -> str:
+    """Of each sample, with quartiles: as in the table that goes with it."""
+    return ", ".join(map(harness.median_and_quartiles, samples))
+
+
 def report_arms(args, name, title, found, budget, question, told=(), base=BASE) -> None:
     """``told``: the arms that the claim names, over the base. The first one's cost."""
     told = told or [arm for arm in found if arm not in (BASE, AGAIN)]
@@ -349,7 +355,7 @@ def report_arms(args, name, title, found, budget, question, told=(), base=BASE) 
             "step ratio": harness.median_and_quartiles(of["step ratios"]),
             "compile (s)": f"{of['compile']:.2f}",
             "compile ratio": harness.median_and_quartiles(of["compile ratios"]),
-            "state": f"{of['extra bytes']:+d} bytes",
+            "state": f"{of['extra bytes']:+,d} bytes",
         }
         for arm, of in found.items()
     ]
@@ -362,8 +368,8 @@ def report_arms(args, name, title, found, budget, question, told=(), base=BASE) 
         question,
         ", ".join(told) + f" / {base}",
         f"{budget.steps} x {budget.copies} x {budget.rounds}",
-        harness.mean_and_std(*ratios) + " of a step",
-        f"{found[told[0]]['extra bytes']:+d} bytes of state",
+        medians(ratios) + " of a step",
+        f"{found[told[0]]['extra bytes']:+,d} bytes of state",
     )
 
 
@@ -404,7 +410,7 @@ def report_calls(args, optimizers, params, title, calls, rounds) -> None:
         "What does it take to read and to set a dial?",
         "; ".join(told),
         f"{calls} x {rounds}",
-        harness.mean_and_std(*(times[arm] for arm in told)) + " ms",
+        medians(times[arm] for arm in told) + " ms",
         "none to a step",
     )
 
@@ -432,7 +438,7 @@ def report_range_test(args, num_steps, rounds) -> None:
         "Does a range test wait for the device?",
         "; ".join(told) + " / the same steps run bare",
         f"{num_steps} x {rounds}",
-        harness.mean_and_std(*(ratios[arm] for arm in told)) + " of the bare steps",
+        medians(ratios[arm] for arm in told) + " of the bare steps",
         f"{times[told[0]]} ms",
     )
 
