@@ -501,7 +501,10 @@ def main() -> None:
         harness.mean_and_std(*at_above, results[DIRECT]["pre-trained"]["test"]) + " %",
         f"{budget.finetune_steps} steps of fine-tuning, none of averages",
     )
-    claims = judge(results)
+    lowest, highest = min(thresholds), max(thresholds)
+    found = f"{lowest:.4f} to {highest:.4f}"
+    where = f"convergence threshold, {len(thresholds)} seeds"
+    claims = [Claim(where, found), *judge(results)]
     verdicts = {claim.claim: claim.holds for claim in claims if claim.asked}
     words = {None: "", True: "holds", False: "not confirmed"}
     harness.report(

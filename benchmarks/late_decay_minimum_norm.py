@@ -1,4 +1,4 @@
-"""Does a large rate that is kept for longer lead to the minimum-norm solution?
+"""Does a large rate that is kept long enough lead to the minimum-norm solution?
 
 The homogeneous model f(x; w) = ||w||^2 w'x in 40 dimensions has many minima on 20
 examples: all a = ||w||^2 w that interpolate them. SGD with batches of one, and labels
@@ -6,8 +6,9 @@ with fresh noise at each step, starts on a minimum far from the shortest (||a|| 
 stays at a large rate for T1 steps, and then at a small one for 4,000. As T1 grows from
 0 to 10,000, the median norm, distance to the minimum-norm interpolator and test loss
 fall: at T1 = 3,000 the test loss is below a tenth of that at T1 = 0, and it falls
-further up to T1 = 10,000, about to that of the minimum-norm interpolator. As many steps
-at the small rate alone hardly move it.
+further up to T1 = 10,000, about to that of the minimum-norm interpolator, where it
+stays: twice as many steps bring nothing more. As many steps at the small rate alone
+hardly move it.
 
     python benchmarks/late_decay_minimum_norm.py [--smoke] [--out FOLDER]
 
@@ -288,7 +289,7 @@ def main() -> None:
             "verdicts": held,
             "arms": [arm._asdict() | found[arm] for arm in arms],
         },
-        "Does a large rate that is kept for longer lead to the minimum-norm solution?",
+        "Does a large rate that is kept long enough lead to the minimum-norm solution?",
         f"{LARGE:g} for T1 = {', '.join(map(str, late))} steps, then {SMALL:g}",
         f"T1 + {COOLDOWN}",
         "test loss, median: "

@@ -186,8 +186,8 @@ def main() -> None:
         others = [
             v for k, v in results.items() if k[1] == optimizer and k[2] != "one cycle"
         ]
-        both = [[v[key] for v in others] for key in ("carried", "unchanged")]
-        told.append(f"{optimizer} " + harness.mean_and_std(*both))
+        both = [summary([v[key] for v in others]) for key in ("carried", "unchanged")]
+        told.append(f"{optimizer} " + " / ".join(both))
     harness.report(
         args,
         "schedule_peaks",
@@ -202,7 +202,7 @@ def main() -> None:
         "another schedule as one tuned for it?",
         f"carried / unchanged; {len(SCHEDULES) - 1} schedules, {len(makers)} tasks",
         " to ".join(str(f({r["steps"] for r in found.values()})) for f in (min, max)),
-        "regret: " + "; ".join(told),
+        "regret, mean and worst: " + "; ".join(told),
         "one grid for all schedules, instead of one for each",
     )
 
