@@ -6,13 +6,14 @@ over a quarter of the steps so far. The state of the stable phase has been kept 
 Orbax; from there the run goes on, twice as long, and decays then. Beside the last
 weights, their running average is evaluated, with batch statistics of its own and with
 those of the run, which belong to other weights. What is printed is what this run
-measured.
+measured; 04_late_decay.json has it too, and examples/results what the guide quotes.
 
     python examples/04_late_decay.py [--smoke] [--out FOLDER]
 """
 
 import argparse
 import itertools
+import json
 import pathlib
 import tempfile
 
@@ -32,6 +33,7 @@ from matplotlib import pyplot as plt
 
 RATE, EVERY = 0.2, 50  # The watcher looks every 50 steps.
 WARMUP = osc.phase_schedule(0.0, [osc.Phase(50, RATE)])
+WEIGHTS = "last weights", "average", "average, statistics of the run"
 TX = optax.chain(osc.sgd(WARMUP, weight_decay=1e-3), osc.ema_params(0.99))
 
 
@@ -157,7 +159,6 @@ def draw(runs, path):
     axes[1].plot([], [], "k:", label="their average")
     axes[1].set(xlabel="step", ylabel="validation loss", yscale="log")
     axes[1].legend(loc="upper right")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
@@ -177,19 +178,23 @@ def main():
     data = [(jnp.asarray(images[part]), jnp.asarray(labels[part])) for part in parts]
     runs = [train_and_branch(seed, data, looks, most_steps) for seed in seeds]
 
-    print(f"Test loss, accuracy (%), mean ± s.d. of {len(seeds)} seeds; steps")
-    weights = "last weights", "average", "average, statistics of the run"
-    print(f"{'':16}", *(f"{name:32}" for name in weights))
+    rows = []
     for name in runs[0]:
         measured = np.array([results(run[name], data) for run in runs])
-        cells = (
-            f"{loss:.3f} ± {loss_sd:.3f}, {right:.1f} ± {right_sd:.1f}"
-            for (loss, right), (loss_sd, right_sd) in zip(
-                measured.mean(0), measured.std(0, ddof=1), strict=True
-            )
-        )
         steps = np.mean([run[name][1] for run in runs])
-        print(f"{name:16}", *(f"{cell:32}" for cell in cells), f"{steps:.0f}")
+        row = {"run": name, "steps": f"{steps:.0f}"}
+        for weights, sample in zip(WEIGHTS, measured.swapaxes(0, 1), strict=True):
+            (loss, right), (loss_sd, right_sd) = sample.mean(0), sample.std(0, ddof=1)
+            cell = f"{loss:.3f} ± {loss_sd:.3f}, {right:.1f} ± {right_sd:.1f}"
+            row[weights] = cell
+        rows.append(row)
+    print(f"Test loss, accuracy (%), mean ± s.d. of {len(seeds)} seeds")
+    for cells in (rows[0], *(row.values() for row in rows)):
+        print("".join(f"{cell:32}" for cell in cells))
+    args.out.mkdir(parents=True, exist_ok=True)
+    where = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    record = json.dumps(where | {"rows": rows}, indent=1)
+    (args.out / "04_late_decay.json").write_text(record + "\n")
     path = args.out / "04_late_decay.png"
     draw(runs[0], path)
     print(f"picture: {path}")

@@ -1,5 +1,6 @@
 """Examples, benchmarks and the code in the documents run."""
 
+import json
 import re
 import runpy
 import sys
@@ -29,6 +30,12 @@ def test_smoke(path, tmp_path, monkeypatch):
     begin = time.perf_counter()
     runpy.run_path(str(path), run_name="__main__")
     assert list(tmp_path.iterdir())
+    for kept in (ROOT / "examples" / "results").glob(f"{path.stem}.json"):
+        made, quoted = (
+            json.loads((f / kept.name).read_text()) for f in (tmp_path, kept.parent)
+        )
+        assert made.keys() == quoted.keys()
+        assert made["rows"][0].keys() == quoted["rows"][0].keys()
     # Ten seconds alone on two cores; here it shares them with other tests.
     assert time.perf_counter() - begin < 60
 
