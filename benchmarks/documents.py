@@ -15,8 +15,8 @@ A table::
 columns by their headings; ``rows``, a list of names or a name for each name, which rows
 are shown (all). The name of a row is its first cell, or its first two, with a comma.
 Where a column is a pair, ``["20", "less full"]``, the name of a row is what follows the
-first of the pair. ``digits`` are how many are kept after the point; how often it was
-measured is then left out.
+first of the pair. ``digits`` are how many are kept after the point, in all columns or,
+by heading, in some; how often it was measured is then left out.
 
 A figure: ``<!-- transfer | 20, full | accuracy (%) | 0 .1 -->80.9<!-- end -->``: file,
 row, column, and of a cell that holds several numbers which one (0 is the first; without
@@ -91,7 +91,7 @@ def rounded(cell: str, digits: int | None) -> str:
         text = found[0]
         if len(text.partition(".")[2]) <= digits or "e" in text:
             return text
-        return f"{float(text):{'+' * (text[0] == '+')}.{digits}f}"
+        return f"{float(text):{'+' * (text[0] == '+')}z.{digits}f}"
 
     return re.sub(NUMBER, shorter, re.sub(r" \(n=[^)]*\)", "", cell))
 
@@ -103,15 +103,19 @@ _FIGURE = re.compile(r"(<!-- ([^|{}<>]+(?: \| [^|{}<>]+){2,3}) -->)[^<]*(<!-- en
 def _table(found: re.Match[str]) -> str:
     wanted = json.loads(found[2])
     rows, columns = rows_of(wanted["of"]), wanted["columns"]
-    names = wanted.get("rows") or [str(next(iter(r.values()))) for r in rows.values()]
+    names = wanted.get("rows") or [
+        str(next(iter(r.values()))).strip() for r in rows.values()
+    ]
     labels = names if isinstance(names, dict) else {name: None for name in names}
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    digits = wanted.get("digits")
     for name, label in labels.items():
         cells = []
-        for column in columns.values():
+        for heading, column in columns.items():
             pair = column if isinstance(column, list) else [None, column]
             row = rows[name if pair[0] is None else f"{pair[0]}, {name}"]
-            cells.append(rounded(str(row[pair[1]]), wanted.get("digits")))
+            kept = digits.get(heading) if isinstance(digits, dict) else digits
+            cells.append(rounded(str(row[pair[1]]), kept))
         lines.append("| " + " | ".join([label or cells[0], *cells[1:]]) + " |")
     return found[1] + "\n".join(lines) + "\n" + found[3]
 

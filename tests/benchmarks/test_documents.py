@@ -28,7 +28,7 @@ def test_a_changed_digit_is_seen(path):
     text = path.read_text()
     stated = json.loads(documents.STATED.read_text())[path.name].split()
     assert documents.stated(text) == stated
-    prose = documents.masked(text, r"<!-- .*? -->")
+    prose = documents.masked(text, r"(?s)<!-- .*? -->")
     for found in re.finditer(r"\d+", prose):
         digit = str((int(found[0][-1]) + 1) % 10)
         changed = text[: found.end() - 1] + digit + text[found.end() :]
