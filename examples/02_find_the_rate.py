@@ -6,11 +6,14 @@ that was found and at a grid of rates: the table says where each lands among the
 last a constant rate at the threshold and above it, and fine-tuning at a small one.
 
     python examples/02_find_the_rate.py [--smoke] [--out FOLDER]
+
+The table is also kept as JSON; ``examples/results`` has the one that the guide quotes.
 """
 
 import argparse
 import functools
 import itertools
+import json
 import pathlib
 
 import jax
@@ -179,33 +182,40 @@ def main():
     make_tx = functools.partial(osc.onecycle_sgd, total_steps=num_steps)
     one_cycle = make_training(make_tx, train, test)
     scores = np.array([one_cycle(rate, seeds, num_steps) for rate in rates])
-    table = Table(title=f"One cycle of {num_steps} steps, {len(seeds)} seeds")
-    for column in ("peak", "rate", "test accuracy (%)", f"rank in {len(rates)} rates"):
-        table.add_column(column)
+    rows = []
     ends = {"best of the grid": rates[scores.mean(1).argmax()], "its lowest": rates[0]}
     for name, rate in (suggestions | ends).items():
         found = one_cycle(rate, seeds, num_steps)
         rank = 1 + int(np.sum(scores.mean(1) > found.mean()))
-        table.add_row(name, f"{rate:.3g}", spread(found), f"{rank}")
+        rows.append((name, f"{rate:.3g}", num_steps, spread(found), rank))
+    two_rates = make_training(make_two_rates, train, test)
+    at, above, small = threshold.threshold, threshold.rate_before_fine_tuning, 0.01
+    for name, num_steps, pair in (
+        ("constant: at the threshold", 100, (at, at)),
+        ("constant: at the threshold, then at 0.01", 200, (at, small)),
+        ("constant: at 1.5 times the threshold", 100, (above, above)),
+        ("constant: at 1.5 times it, then at 0.01", 200, (above, small)),
+        ("constant: at 0.01", 200, (small, small)),
+    ):
+        found = two_rates(pair, seeds, num_steps)
+        rows.append((name, f"{pair[0]:.3g}", num_steps, spread(found), ""))
+    table = Table(title=f"One cycle, {len(seeds)} seeds, mean ± s.d.; constant rates")
+    columns = ("peak", "rate", "steps", "test accuracy (%)", "rank in the grid")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(str, row))
     console = Console()
     console.print(table)
     console.print(
         f"best weight decay at climbing rates: {grid.best['weight_decay']:g}, by "
         f"{grid.margin:.3f} ({grid.margin_in_errors:.1f} standard errors)"
     )
-    two_rates = make_training(make_two_rates, train, test)
-    at, above, small = threshold.threshold, threshold.rate_before_fine_tuning, 0.01
-    for name, num_steps, pair in (
-        ("at the threshold", 100, (at, at)),
-        ("at the threshold, then at 0.01", 200, (at, small)),
-        ("at 1.5 times the threshold", 100, (above, above)),
-        ("at 1.5 times the threshold, then at 0.01", 200, (above, small)),
-        ("at 0.01 all along", 200, (small, small)),
-    ):
-        found = two_rates(pair, seeds, num_steps)
-        console.print(f"{spread(found)} % after {num_steps} steps {name}")
     path = args.out / "02_find_the_rate.png"
     draw(tests, threshold, grid, rates, scores, suggestions, path)
+    found = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    found["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]
+    path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     console.print(f"picture: {path}")
 
 

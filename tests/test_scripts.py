@@ -38,6 +38,11 @@ def test_smoke(path, tmp_path, monkeypatch):
         assert made["rows"][0].keys() == quoted["rows"][0].keys()
     # Ten seconds alone on two cores; here it shares them with other tests.
     assert time.perf_counter() - begin < 60
+    stored = ROOT / "examples" / "results" / f"{path.stem}.json"
+    if stored.exists():
+        records = [json.loads(f.read_text()) for f in (stored, tmp_path / stored.name)]
+        columns = [{tuple(row) for row in record["rows"]} for record in records]
+        assert columns[0] == columns[1]
 
 
 @pytest.mark.parametrize(
