@@ -9,7 +9,8 @@ can be judged with and without the others. All are AdamW with the same weight de
 number of steps, augmented, on the same batches; the peak rate of each is the best of
 the same grid by mean accuracy over tuning seeds, and none of these is reported. Each
 seed has its own held-out classes, its own first training, new head, labelled images
-(as many of each class) and order of batches; differences are paired within a seed.
+(as many of each class) and order of batches; differences are paired within a seed. But
+all are scored on the same test images: rates are chosen on images that report.
 
     python benchmarks/transfer.py [--smoke] [--data CIFAR10] [--out FOLDER]
 

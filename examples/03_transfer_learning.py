@@ -7,8 +7,9 @@ and as ULMFiT does, group by group from the head down, at rates that fall by 2.6
 group. The digits are moved by up to two pixels at random: unmoved, they are learned as
 well from scratch. Every arm gets the same images, batches, steps and one-cycle rate.
 Its peak is picked per number of labels from one grid, on validation images and seeds
-apart. A seed draws the classes, the network and the labelled images. What is printed is
-what this run measured.
+apart. A seed draws the classes, the network and the labelled images. What is printed,
+and kept as JSON, is what this run measured: another number of threads gives other
+figures. ``examples/results`` has what the guide quotes.
 
     python examples/03_transfer_learning.py [--smoke] [--out FOLDER] [--data CIFAR10]
 
@@ -19,6 +20,7 @@ two, some minutes longer.
 import argparse
 import functools
 import itertools
+import json
 import pathlib
 import sys
 
@@ -224,10 +226,15 @@ def fine_tune(training, arm, size, rate, seeds):
     return np.array(results)
 
 
+def paired(ours, theirs):
+    """Mean and standard error of the differences over the seeds."""
+    gaps = ours - theirs
+    return gaps.mean(-1), gaps.std(-1, ddof=1) / gaps.shape[-1] ** 0.5
+
+
 def verdict(scores, arm, other, sizes):
     """By paired differences over the seeds."""
-    gaps = scores[arm] - scores[other]
-    means, errors = gaps.mean(1), gaps.std(1, ddof=1) / gaps.shape[1] ** 0.5
+    means, errors = paired(scores[arm], scores[other])
     signs = np.sign(means) * (abs(means) > 2 * errors)
     words = {1: "better with", -1: "worse with", 0: "not told apart with"}
     rows = list(zip(signs, sizes, means, errors, strict=True))
@@ -310,6 +317,17 @@ def main():
     path = args.out / "transfer_learning.png"
     draw(scores, sizes, path)
     console.print(f"picture: {path}")
+    rows = []
+    for (k, size), arm in itertools.product(enumerate(sizes), scores):
+        found = scores[arm][k]
+        mean, error = paired(scores[last][k], found)
+        row = {"labelled images": size, "arm": arm, "peak rate": f"{peaks[arm][k]:g}"}
+        row["test accuracy (%)"] = f"{found.mean():.1f} ± {found.std(ddof=1):.1f}"
+        row[f"{last} less it"] = f"{mean:+.1f} ± {error:.1f}" if arm != last else ""
+        rows.append(row)
+    found = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    path = args.out / "03_transfer_learning.json"
+    path.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
