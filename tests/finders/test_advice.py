@@ -216,10 +216,9 @@ def test_the_methods_that_are_listed_are_those_that_there_are():
     assert set(explained) == set(METHODS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "help"])
-def test_figures_on_the_default_are_those_of_the_tasks_that_report(name):
+def test_help_has_the_figures_of_the_tasks_that_report():
     """Geometric mean and worst task, as ``1.23 (the worst task 4.56)``."""
-    text = " ".join(TEXTS[name].split())
+    text = " ".join(TEXTS["help"].split())
     found = re.findall(r"(\d+\.\d\d) \(the worst task (\d+\.\d\d)\)", text)
     rules = QUALITY["evidence"]["rules"]
     parts = [rules["default"]["parts"][f"{o}: report"] for o in ("adamw", "sgd")]
