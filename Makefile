@@ -26,22 +26,23 @@ types: .venv/dev.stamp
 
 check: lint types test-all
 
-# These measure what the README quotes. Run them on an otherwise idle machine. `bench`
-# takes minutes, `bench-quality` hours: make bench-quality DATA=path/to/cifar10
+# These measure what the documents quote, and write it into them; run them on an
+# otherwise idle machine. On two cores `bench` takes half an hour, `bench-quality`, which
+# needs CIFAR-10, seven hours: make bench-quality DATA=path/to/cifar10
 bench: .venv/dev.stamp
-	$(BIN)/python benchmarks/overhead.py --out benchmarks/results
-	$(BIN)/python benchmarks/late_decay_minimum_norm.py --out benchmarks/results
-	$(BIN)/python benchmarks/large_rate_regimes.py --out benchmarks/results
-	$(BIN)/python benchmarks/schedule_peaks.py --out benchmarks/results
+	for name in overhead late_decay_minimum_norm large_rate_regimes schedule_peaks; do \
+	    $(BIN)/python benchmarks/$$name.py --out benchmarks/results || exit 1; \
+	done
 	$(BIN)/python benchmarks/documents.py
 
 bench-quality: .venv/dev.stamp
-	for name in peaks_and_probes transfer late_decay_training; do \
-	    $(BIN)/python benchmarks/$$name.py --out benchmarks/results \
-	        $(if $(DATA),--data $(DATA)) || exit 1; \
+	for name in peaks_and_probes transfer late_decay_training super_convergence; do \
+	    $(BIN)/python benchmarks/$$name.py --data $(DATA) --out benchmarks/results \
+	        || exit 1; \
 	done
-	$(BIN)/python benchmarks/range_test_quality.py --out benchmarks/results
-	$(BIN)/python benchmarks/range_test_spread.py --out benchmarks/results
+	for name in range_test_quality range_test_spread; do \
+	    $(BIN)/python benchmarks/$$name.py --out benchmarks/results || exit 1; \
+	done
 	$(BIN)/python benchmarks/documents.py
 
 # The oldest JAX, Optax and Flax that pyproject.toml admits.
