@@ -133,9 +133,7 @@ def grid_test(
       vectorize: Whether the members take a step together, under ``vmap``, instead of
         one after another without waiting for the device. Under ``vmap`` the step is
         traced, and its state must hold nothing but arrays and numbers. It pays for
-        small networks: on two CPU cores, 12 members one by one took 3.5, 1.3 and 0.6
-        times as long as under ``vmap`` at widths of 16, 64 and 512, and 0.3 to 0.7
-        times with convolutions.
+        small networks; on a CPU, wide layers and convolutions are slower that way.
       devices: Over which the members are spread; None leaves them where ``state`` is.
       progress: Whether to show a progress bar (needs rich).
 
