@@ -7,6 +7,7 @@ the rate.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -174,18 +175,22 @@ def _read(result: RangeTestResult, curve: Curve, method: Method) -> float:
     log_rates, values = curve.log_rates, curve.values
     lowest = int(values.argmin())
     if method == "middle":
-        low = _read(result, curve, "minimum")
-        try:
-            high = _read(result, curve, "divergence")
-        except ValueError:  # Batch norms, for instance, keep a loss from exploding.
-            # On the plateau that they leave, noise says where the loss is lowest.
-            doubt = 3 * np.hypot(curve.errors, curve.errors[lowest])
-            first = int(np.argmax(values <= values[lowest] + doubt))
-            if first >= 0.95 * len(values):  # It still falls.
-                raise
-            low = 10 ** log_rates[first] / 10
-            high = float(result.learning_rates[-1])
-        return float(np.sqrt(low * high))
+        _check_fall(result, curve)
+        climb = _climb(curve.losses, curve.start, curve.noise, lowest)
+        if climb is not None or result.diverged:
+            ends = (_read(result, curve, m) for m in ("minimum", "divergence"))
+            return float(np.sqrt(math.prod(ends)))
+        # Batch norms, for instance, keep a loss from exploding. On the plateau that
+        # they leave, noise says where it is lowest; so it counts from its beginning,
+        # and up to where half of the fall is lost again.
+        doubt = 3 * np.hypot(curve.errors, curve.errors[lowest])
+        first = int(np.argmax(values <= values[lowest] + doubt))
+        if first >= 0.95 * len(values):  # It still falls.
+            return _read(result, curve, "divergence")  # Says so.
+        half = (values[: lowest + 1].max() + values[lowest]) / 2
+        lost = np.flatnonzero(values[lowest:] > half)
+        last = lowest + int(lost[0]) - 1 if lost.size else len(values) - 1
+        return float(10 ** ((log_rates[first] - 1 + log_rates[last]) / 2))
     if method == "divergence":
         # Not from the smoothing, which sees a jump late.
         climb = _climb(curve.losses, curve.start, curve.noise, lowest)

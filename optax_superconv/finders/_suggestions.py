@@ -105,10 +105,11 @@ def suggest_learning_rate(
     * ``"steepest"``: where the loss falls fastest per decade of the rate.
     * ``"minimum"``: a tenth of the rate at which the loss is lowest. Where the loss
       still falls at the end of the ladder, that end is taken for the minimum.
-    * ``"middle"``: the geometric middle of ``"minimum"`` and ``"divergence"``, or where
+    * ``"middle"``: the geometric middle of ``"minimum"`` and ``"divergence"``. Where
       nothing diverges (batch norms often see to that), of a tenth of the first rate at
-      which the loss is, but for noise, as low as it gets, and of the highest rate, if
-      it does not still fall there.
+      which the loss is, but for noise, as low as it gets, and of the last before half
+      of the fall is lost again; that may be the highest rate tried, so take the default
+      ladder, which ends at 10. Raises if the loss still falls at the end.
     * ``"divergence"``: the last rate before the loss, having been lowest, climbs beyond
       its noise above where it started, or ceases to be finite. An upper limit rather
       than a rate to train at.

@@ -556,6 +556,26 @@ def test_where_nothing_diverges_the_middle_takes_the_highest_rate():
         osc.suggest_learning_rate(result, method="divergence")
 
 
+def test_the_middle_stays_below_rates_that_unlearn():
+    """Back to chance from 0.1 on, without an explosion, wherever the ladder ends."""
+    losses = np.interp(np.log10(RATES), [-4, -2, -1.2, -1], [2.3, 0.8, 0.8, 2.4])
+    for num_rates in (82, 100):
+        suggested = osc.suggest_learning_rate(
+            as_result(losses[:num_rates]), method="middle"
+        )
+        assert 1e-3 < suggested < 2e-2
+
+
+@pytest.mark.parametrize("diverged", [False, True])
+def test_the_middle_refuses_a_ladder_that_begins_too_high(diverged):
+    losses = np.full(200, 4.6)
+    losses[:14] = np.linspace(2.3, 1.5, 14)
+    rates = np.geomspace(1e-2, 10, 200)
+    result = osc.RangeTestResult(rates, losses, losses, diverged, optimizer="sgd")
+    with pytest.raises(ValueError, match="lower `min_learning_rate`"):
+        osc.suggest_learning_rate(result)
+
+
 def test_on_a_plateau_noise_does_not_move_the_middle():
     """Wherever on it the loss is lowest, even at the end of the ladder."""
     x = np.log10(RATES)
