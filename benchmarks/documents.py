@@ -41,7 +41,7 @@ DOCUMENTS = (
     *sorted((harness.ROOT / "docs").glob("*.md")),
 )
 STATED = harness.ROOT / "benchmarks" / "stated_numbers.json"
-NUMBER = r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?"
+NUMBER = r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
 def table_of_claims(results: pathlib.Path) -> str:
@@ -76,9 +76,10 @@ def rows_of(name: str) -> dict[str, dict[str, Any]]:
     (path,) = (f / f"{name}.json" for f in FOLDERS if (f / f"{name}.json").exists())
     named: dict[str, dict[str, Any]] = {}
     for row in json.loads(path.read_text())["rows"]:
-        first, *others = (str(cell) for cell in row.values())
-        named.setdefault(first.strip(), row)
-        named.setdefault(f"{first.strip()}, {(others or [''])[0]}", row)
+        first, *others = (str(cell).strip() for cell in row.values())
+        for key in {first, f"{first}, {(others or [''])[0]}"}:
+            # A name of several rows is no name.
+            named[key] = {} if key in named else row
     return named
 
 
@@ -88,15 +89,17 @@ def rounded(cell: str, digits: int | None) -> str:
         return cell
 
     def shorter(found: re.Match[str]) -> str:
-        text = found[0]
+        text = found[0].replace(",", "")
         if len(text.partition(".")[2]) <= digits or "e" in text:
-            return text
+            return found[0]
         return f"{float(text):{'+' * (text[0] == '+')}z.{digits}f}"
 
     return re.sub(NUMBER, shorter, re.sub(r" \(n=[^)]*\)", "", cell))
 
 
-_TABLE = re.compile(r"(<!-- table (\{.*?\}) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- table (\{.*?\}) -->\n)(?:(?!<!--).)*(<!-- end -->)", flags=re.DOTALL
+)
 _FIGURE = re.compile(r"(<!-- ([^|{}<>]+(?: \| [^|{}<>]+){2,3}) -->)[^<]*(<!-- end -->)")
 
 
@@ -131,6 +134,13 @@ def _figure(found: re.Match[str]) -> str:
 
 def rendered(text: str) -> str:
     """A document with its tables and figures written anew from the evidence."""
+    comments = re.findall(r"<!-- (?!end)", text), re.findall("<!-- end -->", text)
+    known = sum(len(pattern.findall(text)) for pattern in (_TABLE, _FIGURE))
+    if {*map(len, comments)} != {known}:
+        raise ValueError(
+            f"Each comment must be a marker with its end; got {len(comments[0])} "
+            f"comments, {len(comments[1])} ends, {known} markers."
+        )
     return _FIGURE.sub(_figure, _TABLE.sub(_table, text))
 
 
@@ -162,4 +172,8 @@ if __name__ == "__main__":
     for document in DOCUMENTS:
         document.write_text(rendered(document.read_text()))
     numbers = {path.name: " ".join(stated(path.read_text())) for path in DOCUMENTS}
+    known = json.loads(STATED.read_text())
+    for name in numbers:
+        if numbers[name] != known.get(name):
+            print(f"{name}: other numbers that were not measured; see {STATED.name}")
     STATED.write_text(json.dumps(numbers, indent=1) + "\n")

@@ -66,11 +66,12 @@ def parse_args(
     script = pathlib.Path(sys.argv[0])
     args.parts = args.out / "parts" / script.stem / kind
     args.command = f"python benchmarks/{script.name}" + " --data CIFAR10" * with_data
-    kept = {path.name: path.read_text() for path in args.out.glob("*.json")}
-    kept = {name: json.loads(text)["claim"]["command"] for name, text in kept.items()}
+    kept = [path.read_text() for path in args.out.glob("*.json")]
+    claims = [json.loads(text).get("claim", {}) for text in kept]
     if args.smoke and args.out.resolve() == RESULTS:
         parser.error("--smoke runs are no evidence: give another --out")
-    if takes_data and f"{args.command} --data CIFAR10" in kept.values():
+    made = [claim.get("command") for claim in claims]
+    if takes_data and f"{args.command} --data CIFAR10" in made:
         parser.error(f"{args.out} holds evidence made with --data: give it, or --out")
     if args.smoke:
         jax.config.update("jax_disable_most_optimizations", True)
