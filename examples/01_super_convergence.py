@@ -240,6 +240,7 @@ def main():
     record = {
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
+        "seeds": len(seeds),
         "rows": [dict(zip(columns, row, strict=True)) for row in rows],
     }
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

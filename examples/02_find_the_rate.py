@@ -214,6 +214,7 @@ def main():
     path = args.out / "02_find_the_rate.png"
     draw(tests, threshold, grid, rates, scores, suggestions, path)
     found = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    found["seeds"] = len(seeds)
     found["rows"] = [dict(zip(columns, row, strict=True)) for row in rows]
     path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     console.print(f"picture: {path}")

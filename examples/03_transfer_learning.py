@@ -327,7 +327,7 @@ def main():
         rows.append(row)
     found = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     path = args.out / "03_transfer_learning.json"
-    path.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(found | {"seeds": seeds, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

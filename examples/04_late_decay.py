@@ -193,7 +193,7 @@ def main():
         print("".join(f"{cell:32}" for cell in cells))
     args.out.mkdir(parents=True, exist_ok=True)
     where = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    record = json.dumps(where | {"rows": rows}, indent=1)
+    record = json.dumps(where | {"seeds": len(seeds), "rows": rows}, indent=1)
     (args.out / "04_late_decay.json").write_text(record + "\n")
     path = args.out / "04_late_decay.png"
     draw(runs[0], path)

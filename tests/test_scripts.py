@@ -38,6 +38,7 @@ def test_smoke(path, tmp_path, monkeypatch):
         # A smoke run has other numbers of steps in its headings.
         columns = [{re.sub("[0-9,]+", "", c) for c in r["rows"][0]} for r in records]
         assert columns[0] == columns[1]
+        assert records[0].keys() == records[1].keys()
 
 
 @pytest.mark.parametrize(
