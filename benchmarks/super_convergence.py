@@ -71,17 +71,9 @@ class Setup:
     tuning_seed: int = 100
 
 
-def resnet9(width: int, name: str, train, held_out, batch_size, num_steps):
-    return tasks.Task(
-        name,
-        lambda rngs: networks.ResNet9(width, rngs=rngs),
-        tasks.cross_entropy,
-        train,
-        held_out,
-        batch_size,
-        num_steps,
-        data.flip_and_shift,
-    )
+def task_of(name: str, make_model, *data_and_sizes: Any) -> tasks.Task:
+    task = tasks.Task(name, make_model, tasks.cross_entropy, *data_and_sizes)
+    return task._replace(augment=data.flip_and_shift)
 
 
 def cifar10(path) -> Setup:
@@ -90,7 +82,8 @@ def cifar10(path) -> Setup:
         (images[part], labels[part]) for part in (slice(10_000), slice(10_000, None))
     )
     name = f"{data.name_of(path)} 16x16, ResNet-9"
-    task = resnet9(16, name, train, others, 250, 96 * 40)
+    network = functools.partial(networks.ResNet9, 16)
+    task = task_of(name, lambda rngs: network(rngs=rngs), train, others, 250, 96 * 40)
     epochs = (12, 24, 48, 96), (6, 12, 24, 48), (12, 24)
     return Setup(task, test, 40, *epochs, probe_steps=200, seeds=(0, 1, 2))
 
@@ -98,7 +91,8 @@ def cifar10(path) -> Setup:
 def digits() -> Setup:
     images, labels = data.load_digits(as_images=True)
     train, test = data.split(images.repeat(3, axis=-1), labels, 1000)
-    task = resnet9(4, "digits, ResNet-9", train, test, 100, 40)
+    network = functools.partial(networks.CNN, 3, 8, num_classes=10)
+    task = task_of("digits, CNN", lambda rngs: network(rngs=rngs), train, test, 100, 40)
     return Setup(task, test, 10, (2, 4), (1, 2), (2,), probe_steps=60, seeds=(0,))
 
 
