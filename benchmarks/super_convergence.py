@@ -31,8 +31,8 @@ the images.
     python benchmarks/super_convergence.py --data CIFAR10 [--smoke] [--out FOLDER]
         [--only speed variants]
 
-On two cores speed takes three hours, variants two; what an interruption leaves is not
-run again. A smoke run learns digits.
+About five hours on two cores; what an interruption leaves is not run again. A smoke run
+learns digits.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
 """One cycle at a peak from a range test, against default rates and tuned grids.
 
-On moved, turned and noisy digits (on plain ones all of these tie), at three budgets of
-steps: what people start from (AdamW at a constant 0.001, and the textbook's SGD at 0.1,
-cut to a tenth at one half and at three quarters of the run), the peak that a range test
-suggests, with one cycle (its 200 steps are paid from the budget), and, as controls of
-equal length, both schedules at the best of a grid of rates, whose steps are not. Rates
-are tuned by a seed and on images that report nothing. Network, data and batch size are
-the same in all arms, and so is the weight decay of all that are SGD.
+On moved, turned and noisy digits, at three budgets of steps: what people start from
+(AdamW at a constant 0.001, and the textbook's SGD at 0.1, cut to a tenth at one half
+and at three quarters of the run), the peak that a range test suggests, with one cycle
+(its 200 steps are paid from the budget), and, as controls of equal length, both
+schedules at the best of a grid of rates, whose steps are not. Rates are tuned by a seed
+and on images that report nothing. Network, data and batch size are the same in all
+arms, and so is the weight decay of all that are SGD.
 
     python examples/01_super_convergence.py [--smoke] [--out FOLDER]
 """

@@ -178,8 +178,8 @@ def _read(result: RangeTestResult, curve: Curve, method: Method) -> float:
         _check_fall(result, curve)
         climb = _climb(curve.losses, curve.start, curve.noise, lowest)
         if climb is not None or result.diverged:
-            ends = (_read(result, curve, m) for m in ("minimum", "divergence"))
-            return float(np.sqrt(math.prod(ends)))
+            low = _read(result, curve, "minimum")
+            return math.sqrt(low * _read(result, curve, "divergence"))
         # Batch norms, for instance, keep a loss from exploding. On the plateau that
         # they leave, noise says where it is lowest; so it counts from its beginning,
         # and up to where half of the fall is lost again.
@@ -187,7 +187,7 @@ def _read(result: RangeTestResult, curve: Curve, method: Method) -> float:
         first = int(np.argmax(values <= values[lowest] + doubt))
         if first >= 0.95 * len(values):  # It still falls.
             return _read(result, curve, "divergence")  # Says so.
-        half = (values[: lowest + 1].max() + values[lowest]) / 2
+        half = values[[*_fall_of(curve)]].mean()
         lost = np.flatnonzero(values[lowest:] > half)
         last = lowest + int(lost[0]) - 1 if lost.size else len(values) - 1
         return float(10 ** ((log_rates[first] - 1 + log_rates[last]) / 2))
