@@ -8,6 +8,8 @@ from optax_superconv import plotting
 from optax_superconv._records import read_hyperparams
 from optax_superconv._restarts import restart_schedules, start_cooldown
 from optax_superconv._settings import set_hyperparams
+from optax_superconv.finders._auto_onecycle import auto_onecycle
+from optax_superconv.finders._auto_results import AutoOneCycleResult, ShortCycles
 from optax_superconv.finders._curvature import (
     SharpnessResult,
     sharpness,
@@ -64,13 +66,16 @@ from optax_superconv.transforms._weight_decay import add_decayed_weights
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoOneCycleResult",
     "GridTestResult",
     "Phase",
     "RangeTestResult",
     "SharpnessResult",
+    "ShortCycles",
     "ThresholdResult",
     "adamw",
     "add_decayed_weights",
+    "auto_onecycle",
     "average_params",
     "convergence_threshold",
     "cyclical_schedule",

@@ -19,7 +19,7 @@ from optax_superconv._numerics import is_array
 from optax_superconv.finders import _acts, _copies, _runs, _steps
 from optax_superconv.finders._steps import RATE, Form
 
-Values = dict[str, np.ndarray]  # (members,) float32, constant hyperparameters by name
+Values = dict[str, np.ndarray]  # (members,) float32, hyperparameters by name
 
 
 class Members(NamedTuple):
@@ -81,9 +81,13 @@ class _Watch:
 
     def compare(self, state: Any, rung: int, members: Any = ...) -> None:
         """Raises if the state of a run, or of all, has applied anything else."""
-        wanted = {name: column[members, None] for name, column in self.values.items()}
+        due = slice(rung + 1)
+        wanted = {
+            name: column[members, None] if column.ndim == 1 else column[members, due]
+            for name, column in self.values.items()
+        }
         if self.ladder is not None:
-            wanted[RATE] = self.ladder[: rung + 1]
+            wanted[RATE] = self.ladder[due]
         _acts.check_applied(state, self.knobs, wanted, self.form.in_state)
 
     def count(self, state: Any) -> None:
@@ -109,7 +113,8 @@ def one_by_one(
     Args:
       form: The step, and how it takes hyperparameters.
       state: Where all members start.
-      values: The constant hyperparameters by name; may be empty for a single member.
+      values: The hyperparameters by name; may be empty for a single member. Here they
+        may be (members, rungs), of a dial in the state that moves.
       ladder: (rungs,) float32, the learning rate if it climbs.
       devices: Where the members live in turn; None is where the state is.
       observe: Is shown each state at the end of each rung.
@@ -119,27 +124,35 @@ def one_by_one(
     num_members = len(next(iter(values.values()), [None]))
     places = [devices[k % len(devices)] for k in range(num_members)]
     states = [_copies.copy_state(state, place) for place in places]
+    moving = {name: column for name, column in values.items() if column.ndim == 2}
     fixed = [
-        {name: jax.device_put(column[k], place) for name, column in values.items()}
+        {
+            name: jax.device_put(column[k], place)
+            for name, column in values.items()
+            if name not in moving
+        }
         for k, place in enumerate(places)
     ]
     climbing = {} if ladder is None or form.in_state else {RATE: list(ladder)}
     rates = {place: jax.device_put(climbing, place) for place in places}
     before = _runs.layout(states[0])
-    writers: list[Callable[..., Any]] = []
+    writers: list[list[Callable[..., Any]]] = [[] for _ in range(num_members)]
     if form.in_state:
         for k in range(num_members):
-            start = {name: column[k] for name, column in values.items()}
+            paths = {name: column[k] for name, column in moving.items()}
             if ladder is not None:
-                start[RATE] = ladder[0]
-            states[k] = _settings.set_hyperparams(states[k], start)
-            if ladder is not None:
-                knob = watch.knobs[RATE]
-                writers.append(_steps.rate_writer(states[k], knob, ladder))
+                paths[RATE] = ladder
+            start = {name: path[0] for name, path in paths.items()}
+            states[k] = _settings.set_hyperparams(states[k], fixed[k] | start)
+            writers[k] = [
+                _steps.writer(states[k], watch.knobs[name], path)
+                for name, path in paths.items()
+            ]
 
     def elsewhere(k: int, rung: int, batch: Any) -> Any:
         """What the member's next step gives at another rate."""
-        rate = watch.other(values[RATE][k] if ladder is None else ladder[rung])
+        path = values[RATE][k] if ladder is None else ladder
+        rate = watch.other(path[rung] if np.ndim(path) else path)
         state = _copies.copy_state(states[k])
         if form.in_state:
             state = _settings.set_hyperparams(state, {RATE: rate})
@@ -155,8 +168,8 @@ def one_by_one(
         for k in living.tolist():
             climbed = {name: rungs[rung] for name, rungs in rates[places[k]].items()}
             given = fixed[k] | climbed
-            if writers:
-                states[k] = writers[k](states[k], rung)
+            for write in writers[k]:
+                states[k] = write(states[k], rung)
             for j, batch in enumerate(put[places[k]]):
                 probe = None
                 if watch.looks and k == living[0]:

@@ -183,14 +183,14 @@ def dispatch(
         batches = list(itertools.islice(source, accumulation_steps))
         if len(batches) < accumulation_steps:
             yield from pending
-            wanted = f"`num_steps` ({num_steps})"
+            wanted = f"{num_steps} steps of the {title}"
             if accumulation_steps > 1:
-                wanted += f" times `accumulation_steps` ({accumulation_steps})"
+                wanted += f" ({accumulation_steps} for each)"
+            drawn = step * accumulation_steps + len(batches)
             raise ValueError(
-                f"`batches` must yield a batch for each of {wanted} steps, got an "
-                "iterator that ran dry after "
-                f"{step * accumulation_steps + len(batches)}. A sequence starts again "
-                "at its end."
+                f"`batches` must yield a batch for each of the {wanted}, got an "
+                f"iterator that ran dry after {drawn}. A sequence starts again at its "
+                "end."
             )
         pending.append(advance(step, batches))
         if len(pending) == 2 * block:

@@ -18,6 +18,9 @@ from optax_superconv import _checks, _records, _trees
 
 RATE = "learning_rate"
 
+# Values of a ladder that are put where the state is at a time.
+BLOCK = 1000
+
 Optimizer = Literal["sgd", "adamw"]
 
 # ``(state, hyperparams, batch) -> (state, loss)``
@@ -209,7 +212,7 @@ def check_precision(state: Any, knobs: Mapping[str, Knob]) -> None:
             )
 
 
-# --- setting the rate -----------------------------------------------------------------
+# --- setting a dial -------------------------------------------------------------------
 
 
 def _put(values: np.ndarray, like: Any) -> list[jax.Array]:
@@ -224,10 +227,10 @@ def _put(values: np.ndarray, like: Any) -> list[jax.Array]:
     ]
 
 
-def rate_writer(state: Any, knob: Knob, ladder: np.ndarray) -> Callable[..., Any]:
-    """``(state, rung) -> state`` at this rate, for a state where it is held.
+def writer(state: Any, knob: Knob, ladder: np.ndarray) -> Callable[..., Any]:
+    """``(state, rung) -> state`` with this value, for a state where it is held.
 
-    Where the dial is, is known, and the rates are where it is: so this costs little.
+    Where the dial is, is known, and the values are where it is: so this costs little.
     """
 
     def leaf_of(node: Any) -> Any:
@@ -240,16 +243,22 @@ def rate_writer(state: Any, knob: Knob, ladder: np.ndarray) -> Callable[..., Any
         rows[:] = ladder.reshape(-1, *(1,) * old.ndim)
     else:
         rows[..., knob.index] = rungs
-    placed: dict[Any, list[jax.Array]] = {}
+    placed: dict[Any, tuple[int, list[jax.Array]]] = {}
+
+    def row(array: Any, rung: int) -> jax.Array:
+        """As an array; a long ladder is no list of as many."""
+        where = getattr(array, "sharding", None), getattr(array, "committed", False)
+        block = rung // BLOCK
+        if where not in placed or placed[where][0] != block:
+            part = rows[block * BLOCK : (block + 1) * BLOCK]
+            placed[where] = block, _put(part, array)
+        return placed[where][1][rung % BLOCK]
 
     def write(state: Any, rung: int) -> Any:
         def change(node: Any) -> Any:
             leaf = leaf_of(node)
             (array,) = jax.tree.leaves(leaf)
-            where = getattr(array, "sharding", None), getattr(array, "committed", False)
-            if where not in placed:
-                placed[where] = _put(rows, array)
-            new = _trees.assigned(leaf, placed[where][rung])
+            new = _trees.assigned(leaf, row(array, rung))
             if new is leaf:
                 return node
             if knob.index is None:

@@ -940,9 +940,7 @@ def test_an_iterator_is_drawn_on_by_the_rung():
     iterator = itertools.cycle(BATCHES)
     counted = (next(iterator) for _ in range(59))
     tx = osc.sgd(0.1)
-    with pytest.raises(
-        ValueError, match=r"\(20\) times `accumulation_steps` \(3\).* 59"
-    ):
+    with pytest.raises(ValueError, match=r"20 steps of .* \(3 for each\).* 59"):
         osc.range_test(step_of(tx), start(tx), counted, accumulation_steps=3, **SHORT)
 
 

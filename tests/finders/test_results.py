@@ -22,6 +22,16 @@ def grid_step_fn(w, hyperparams, batch):
     return step_fn(w, hyperparams["learning_rate"] + shift, batch)
 
 
+TX = osc.sgd(0.1)
+
+
+def dialled_step_fn(state, batch):
+    w, opt_state = state
+    loss, grad = jax.value_and_grad(parabola)(w)
+    updates, opt_state = TX.update(grad, opt_state, w)
+    return (w + updates, opt_state), loss
+
+
 def parabola(w):
     return jnp.sum(w**2)
 
@@ -37,12 +47,16 @@ RESULTS = {
         step_fn, jnp.ones(2), [None], num_steps=20, **PASSED
     ),
     "sharpness": lambda: osc.sharpness(parabola, jnp.ones(2)),
+    "auto": lambda: osc.auto_onecycle(
+        dialled_step_fn, (jnp.ones(2), TX.init(jnp.ones(2))), [None], 1000
+    ),
 }
 FACTS = {
     "range": ["100 steps from 1e-06 to 10", "losses from 2 down to", "not diverged"],
     "grid": ["20 steps of 25 first x 2 second x 2 third", "margin 0", "second = 1"],
     "threshold": ["threshold 0.96", "22 rates from 1e-05 to 10: ", "1 '2', 4 '3'"],
     "sharpness": ["value 1.99", "residual 0"],
+    "auto": ["1000 steps of SGD, peak 0.", "weight_decay 0, 2", "steps used"],
 }
 
 

@@ -1,0 +1,378 @@
+"""One cycle without dials: what is probed, what is chosen, and what is refused."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import optax_superconv as osc
+
+TXS = {
+    "adamw": lambda: osc.adamw(1e-3, b2=0.95),
+    "sgd": lambda: osc.sgd(0.1, weight_decay=1e-4),
+}
+optimizers = pytest.mark.parametrize("optimizer", TXS)
+
+
+def make_batches(n=7):
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=(3, 2))
+    inputs = rng.normal(size=(n, 16, 3))
+    targets = inputs @ true + 0.1 * rng.normal(size=(n, 16, 2))
+    return list(zip(np.float32(inputs), np.float32(targets), strict=True))
+
+
+def loss_fn(params, batch):
+    hidden = jnp.tanh(batch[0] @ params["in"])
+    return jnp.mean((hidden @ params["out"] - batch[1]) ** 2)
+
+
+def start(tx, scale=0.5):
+    rng = np.random.default_rng(1)
+    shapes = {"in": (3, 8), "out": (8, 2)}
+    params = {k: jnp.float32(scale * rng.normal(size=s)) for k, s in shapes.items()}
+    return params, tx.init(params)
+
+
+@functools.cache
+def step_of(optimizer):
+    """A training step that counts its calls."""
+    tx, calls = TXS[optimizer](), []
+
+    @jax.jit
+    def compiled(state, batch):
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    def step_fn(state, batch):
+        calls.append(None)
+        return compiled(state, batch)
+
+    return tx, step_fn, calls
+
+
+@functools.cache
+def found_with(optimizer, budget=0.25, total_steps=1000, scale=0.5):
+    tx, step_fn, _ = step_of(optimizer)
+    state, batches = start(tx, scale), make_batches()
+    return osc.auto_onecycle(step_fn, state, batches, total_steps, budget=budget)
+
+
+# --- what is probed -------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`budget` leaves")
+@optimizers
+@pytest.mark.parametrize("budget", [0.02, 0.05, 0.25, 0.5])
+def test_the_probes_stay_within_the_budget_and_count_their_steps(optimizer, budget):
+    tx, step_fn, calls = step_of(optimizer)
+    calls.clear()
+    found = osc.auto_onecycle(step_fn, start(tx), make_batches(), 1000, budget=budget)
+    assert len(calls) == found.steps_used <= budget * 1000
+    assert found.steps_used > 0.4 * min(budget * 1000, 200)
+
+
+@optimizers
+def test_without_a_budget_nothing_is_trained(optimizer):
+    def step_fn(state, batch):
+        raise AssertionError
+
+    state = start(TXS[optimizer]())
+    found = osc.auto_onecycle(step_fn, state, make_batches(), 50, budget=0)
+    assert found.steps_used == 0
+    assert found.range_test is found.short_cycles is None
+    assert "was not measured" in found.report()
+
+
+def test_adamw_takes_what_a_range_test_suggests():
+    tx, step_fn, _ = step_of("adamw")
+    num_steps = 250 - 3 * 1000 // 40 - 2  # For cycles, and two steps made twice.
+    test = osc.range_test(step_fn, start(tx), make_batches(), num_steps=num_steps)
+    found = found_with("adamw")
+    np.testing.assert_array_equal(found.range_test.losses, test.losses)
+    peak = found.hyperparams["peak_learning_rate"]
+    np.testing.assert_allclose(peak, osc.suggest_learning_rate(test), rtol=1e-3)
+    assert found.short_cycles is None
+
+
+def alone(peak, num_steps, weight_decay, batches):
+    """The losses of a short run by SGD's recipe, in a plain loop."""
+    tx = osc.onecycle_sgd(peak, num_steps, weight_decay=weight_decay)
+    state, losses = start(tx), []
+
+    @jax.jit
+    def step_fn(state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
+        updates, opt_state = tx.update(grads, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), opt_state), loss
+
+    for batch in itertools.islice(batches, num_steps):
+        state, loss = step_fn(state, batch)
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("budget", "decades"),
+    [(0.25, [-0.5, 0.0, 0.5]), (0.5, [-0.5, -0.25, 0.0, 0.25, 0.5])],
+)
+def test_short_cycles_are_the_recipe_at_several_peaks(budget, decades):
+    found = found_with("sgd", budget)
+    cycles = found.short_cycles
+    peaks, num_steps = cycles.peak_learning_rates, cycles.losses.shape[1]
+    drawn = found.steps_used - len(peaks) * num_steps - 2  # By the range test, before.
+    suggested = osc.suggest_learning_rate(found.range_test)
+    np.testing.assert_allclose(np.log10(peaks / suggested), decades, atol=1e-5)
+    assert num_steps == 50
+    for peak, losses in zip(peaks, cycles.losses, strict=True):
+        batches = itertools.islice(itertools.cycle(make_batches()), drawn, None)
+        expected = alone(peak, num_steps, 0.1 / (peak * 1000), batches)
+        # Later, one that diverges is chaos.
+        np.testing.assert_allclose(losses[:20], expected[:20], rtol=1e-4)
+    np.testing.assert_allclose(cycles.scores, cycles.losses[:, 25:].mean(axis=1))
+    taken = found.hyperparams["peak_learning_rate"]
+    np.testing.assert_allclose(peaks[cycles.scores.argmin()], taken, rtol=1e-3)
+
+
+def plateau_step(state, batch):
+    """Learns once the rate has been between 0.05 and 0.5 for 40 steps."""
+    w, opt_state, steps = state
+    tx = osc.adamw(1e-3)
+    rate = osc.read_hyperparams(opt_state)["learning_rate"]
+    updates, opt_state = tx.update(jnp.ones(()), opt_state, w)
+    steps += (rate > 0.05) & (rate < 0.5)
+    return (w + updates, opt_state, steps), jnp.where(steps > 40, 0.5, 1.0) + batch
+
+
+def on_a_plateau(total_steps, **options):
+    w, noise = jnp.zeros(()), np.random.default_rng(0).normal(scale=0.05, size=500)
+    state = w, osc.adamw(1e-3).init(w), jnp.zeros((), int)
+    step_fn = jax.jit(plateau_step)
+    options |= {"stacked": True}
+    return osc.auto_onecycle(step_fn, state, np.float32(noise), total_steps, **options)
+
+
+def test_a_plateau_is_left_to_short_cycles_a_decade_apart():
+    found = on_a_plateau(2000)
+    peaks = found.short_cycles.peak_learning_rates
+    np.testing.assert_allclose(peaks[1:] / peaks[:-1], 10, rtol=1e-5)
+    assert 3 <= len(peaks) <= 5
+    assert "suggests no rate" in found.report()
+    assert 0.05 < found.hyperparams["peak_learning_rate"] < 0.5
+
+
+def test_a_ladder_of_cycles_stays_below_divergence():
+    """A quadratic that SGD's usual rates would blow up."""
+    tx, noise = osc.sgd(0.1), np.random.default_rng(0).normal(scale=300, size=500)
+
+    @jax.jit
+    def step_fn(state, x):
+        w, opt_state = state
+        loss, grad = jax.value_and_grad(lambda w: 5e5 * (w - 1e-3) ** 2 + x)(w)
+        updates, opt_state = tx.update(grad, opt_state, w)
+        return (w + updates, opt_state), loss
+
+    w = jnp.zeros(())
+    state = w, tx.init(w)
+    batches = np.float32(noise)
+    with pytest.raises(ValueError, match=r"step_fn.*lowers the loss") as error:
+        osc.auto_onecycle(step_fn, state, batches, 1000, stacked=True)
+    peaks = re.findall(r" at ([\d.]+e-\d\d)", str(error.value))
+    assert max(map(float, peaks[1:])) < 1e-4
+    with pytest.raises(ValueError, match=r"budget.*diverges below the usual one, 0.16"):
+        osc.auto_onecycle(step_fn, state, batches, 100, stacked=True)
+
+
+def test_a_budget_too_small_for_short_cycles_warns_of_a_usual_peak():
+    with pytest.warns(
+        UserWarning, match=r"`budget` leaves 60 steps.*need 30 steps more"
+    ):
+        found = on_a_plateau(1200, budget=0.05)
+    assert found.hyperparams["peak_learning_rate"] == 0.016
+    assert "was not measured" in found.report()
+
+
+# --- what is chosen -------------------------------------------------------------------
+
+
+@optimizers
+def test_the_recipe_is_made_of_the_numbers(optimizer):
+    found = found_with(optimizer)
+    numbers = found.hyperparams
+    cycle = osc.onecycle(numbers["peak_learning_rate"], 1000)
+    decay = numbers["weight_decay"]
+    tx = {
+        "adamw": lambda: osc.adamw(*cycle, b2=0.95, weight_decay=decay),
+        "sgd": lambda: osc.sgd(*cycle, weight_decay=decay),
+    }[optimizer]()
+    params, states = start(tx)[0], [x.init(start(tx)[0]) for x in (tx, found.tx)]
+    for count in range(3):
+        pairs = zip([tx, found.tx], states, strict=True)
+        both = [x.update(params, state, params) for x, state in pairs]
+        states = [state for _, state in both]
+        np.testing.assert_array_equal(both[0][0]["in"], both[1][0]["in"])
+        read = osc.read_hyperparams(states[1])
+        np.testing.assert_allclose(read["learning_rate"], found.learning_rate(count))
+        name = {"adamw": "b1", "sgd": "momentum"}[optimizer]
+        np.testing.assert_allclose(read[name], found.momentum(count))
+
+
+@pytest.mark.parametrize(("optimizer", "product"), [("adamw", 1.0), ("sgd", 0.1)])
+@pytest.mark.parametrize("budget", [0, 0.25])
+def test_rate_decay_and_steps_have_one_product(optimizer, product, budget):
+    found = found_with(optimizer, budget)
+    numbers = found.hyperparams
+    peak, decay = numbers["peak_learning_rate"], numbers["weight_decay"]
+    np.testing.assert_allclose(peak * decay * found.total_steps, product, rtol=1e-3)
+
+
+def test_a_step_decays_by_a_hundredth_at_most():
+    state = start(TXS["adamw"]())
+    found = osc.auto_onecycle(step_of("adamw")[1], state, make_batches(), 1, budget=0)
+    numbers = found.hyperparams
+    decayed = numbers["peak_learning_rate"] * numbers["weight_decay"]
+    np.testing.assert_allclose(decayed, 0.01, rtol=1e-3)
+
+
+def test_a_state_without_a_decay_gets_none():
+    state = start(osc.sgd(0.1))
+    found = osc.auto_onecycle(step_of("sgd")[1], state, make_batches(), 100, budget=0)
+    assert found.hyperparams["weight_decay"] == 0
+    assert "weight_decay" not in osc.read_hyperparams(found.tx.init(jnp.zeros(3)))
+
+
+# --- whose step it is -----------------------------------------------------------------
+
+
+def test_the_callers_model_and_optimizer_survive_in_nnx():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, osc.adamw(1e-3), wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer, batch):
+        def loss_fn(model):
+            return jnp.mean((model(batch[0]) - batch[1]) ** 2)
+
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    def step_fn(state, batch):
+        return state, train_step(*state, batch)
+
+    state = model, optimizer
+    before = jax.tree.map(np.asarray, nnx.state(state))
+    found = osc.auto_onecycle(step_fn, state, make_batches(), 400)
+    assert found.optimizer == "adamw"
+    after = jax.tree.map(np.asarray, nnx.state(state))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_accumulated_steps_count_once():
+    tx = optax.MultiSteps(osc.sgd(0.1), 2)
+
+    @jax.jit
+    def step_fn(state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
+        updates, opt_state = tx.update(grads, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), opt_state), loss
+
+    drawn = []
+
+    def supply():
+        for batch in itertools.cycle(make_batches()):
+            drawn.append(None)
+            yield batch
+
+    found = osc.auto_onecycle(step_fn, start(tx), supply(), 1000, accumulation_steps=2)
+    assert found.steps_used == 250
+    assert found.short_cycles.losses.shape == (3, 50)
+    assert len(drawn) == 2 * (250 - 2 * 50 - 2)  # Cycles share theirs.
+
+
+def test_a_rate_by_inject_hyperparams_is_set_too():
+    make = optax.inject_hyperparams(optax.adamw, hyperparam_dtype=jnp.float32)
+    tx = make(1e-3, b2=0.97)
+
+    @jax.jit
+    def step_fn(state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
+        updates, opt_state = tx.update(grads, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), opt_state), loss
+
+    found = osc.auto_onecycle(step_fn, start(tx), make_batches(), 400)
+    np.testing.assert_allclose(found.hyperparams["b2"], 0.97, rtol=1e-6)
+    assert found.hyperparams["weight_decay"] > 0
+
+
+# --- what is refused ------------------------------------------------------------------
+
+
+def diverging(state, batch):
+    """Steps whose loss is lost as soon as a rate has acted."""
+    w, opt_state = state
+    updates, opt_state = osc.sgd(0.1).update(jnp.ones(()), opt_state, w)
+    return (w + updates, opt_state), jnp.where(w == 0, 1.0, jnp.nan)
+
+
+def noisy(state, batch):
+    w, opt_state = state
+    updates, opt_state = osc.sgd(0.1).update(jnp.ones(()), opt_state, w)
+    return (w + updates, opt_state), batch
+
+
+def unmoved(state, batch):
+    w, opt_state = state
+    return (w, osc.sgd(0.1).update(jnp.ones(()), opt_state, w)[1]), batch
+
+
+SCALAR = (jnp.zeros(()), osc.sgd(0.1).init(jnp.zeros(())))
+NOISE = list(np.float32(np.random.default_rng(0).normal(size=500)))
+
+
+@pytest.mark.parametrize(
+    ("step_fn", "state", "batches", "options", "message"),
+    [
+        (
+            noisy,
+            SCALAR,
+            NOISE,
+            {"total_steps": 79},
+            r"total_steps.*at least 80.*budget=0",
+        ),
+        (noisy, SCALAR, NOISE, {"budget": -0.1}, r"budget.*-0.1"),
+        (noisy, SCALAR, NOISE, {"budget": np.nan}, r"budget.*nan"),
+        (noisy, SCALAR, NOISE, {"optimizer": "lion"}, r"optimizer.*'sgd', 'adamw'"),
+        (noisy, SCALAR, iter(NOISE[:60]), {}, r"batches.*98 steps.*ran dry after 60"),
+        (
+            noisy,
+            SCALAR,
+            NOISE,
+            {},
+            r"step_fn.*lowers the loss.*Range test.*Short cycles",
+        ),
+        (diverging, SCALAR, NOISE, {}, r"step_fn.*nan at .*nan at"),
+        (noisy, SCALAR, [np.float32(np.nan)], {}, r"step_fn.*finite"),
+        (unmoved, SCALAR, NOISE, {}, r"step_fn.*react"),
+        (
+            noisy,
+            (SCALAR[0], optax.sgd(0.1).init(1.0)),
+            NOISE,
+            {},
+            r"tell its optimizer",
+        ),
+        (noisy, SCALAR, NOISE, {"optimizer": "adamw"}, r"state.*dial 'b1'"),
+    ],
+)
+def test_what_cannot_be_probed_is_an_error(step_fn, state, batches, options, message):
+    options = {"total_steps": 1000} | options
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        osc.auto_onecycle(step_fn, state, batches, **options)
