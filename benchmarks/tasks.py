@@ -17,6 +17,8 @@ import optax
 from flax import nnx
 from jax import lax
 
+import optax_superconv as osc
+
 
 class Task(NamedTuple):
     """Arrays have a leading axis of examples; the loss is a mean over it."""
@@ -82,6 +84,14 @@ def shuffled(examples: int, size: int, num_steps: int, seed: int) -> np.ndarray:
 def batch_indices(task: Task, num_steps: int, seed: int) -> np.ndarray:
     """Of examples of a task, (num_steps, batch_size)."""
     return shuffled(len(task.train[1]), task.batch_size, num_steps, seed)
+
+
+def with_dials(optimizer: str, dials) -> Any:
+    """SGD or AdamW, of whose steps (3, n) arrays hold rate, momentum, weight decay."""
+    rate, momentum, decay = (lambda count, k=k: dials[k, count] for k in range(3))
+    if optimizer == "adamw":
+        return osc.adamw(rate, momentum, weight_decay=decay)
+    return osc.sgd(rate, momentum, weight_decay=decay)
 
 
 compiled = functools.partial(jax.jit, static_argnums=0)
@@ -151,7 +161,8 @@ class Training:
         params, other, opt_state = state
         grad_fn = jax.value_and_grad(self.loss_and_other, has_aux=True)
         (loss, other), grads = grad_fn(params, other, batch)
-        updates, opt_state = self.make_tx(rate).update(grads, opt_state, params)
+        tx = optax.with_extra_args_support(self.make_tx(rate))
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         return (optax.apply_updates(params, updates), other, opt_state), loss
 
     @compiled
