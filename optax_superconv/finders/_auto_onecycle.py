@@ -205,9 +205,10 @@ def auto_onecycle(
 
     * by a range test of at most 200 steps (see :func:`range_test`), read as
       :func:`suggest_learning_rate` does;
-    * with SGD, then by three or five cycles of a 20th of the run at most, at that rate
-      and up to half a decade below and above it, side by side on the same batches. The
-      peak is the one with the lowest mean loss in its second half;
+    * with SGD, then by three or five cycles of a 20th of the run, at that rate and up
+      to half a decade below and above it, side by side on the same batches. The peak is
+      the one with the lowest mean loss in its second half. (Not where the budget would
+      leave less than 50 steps to the range test);
     * with either, where the range test suggests no rate, as on a plateau that no rate
       leaves within its steps, by three to five such cycles a decade apart, around a
       usual peak and below divergence.

@@ -1,5 +1,6 @@
 """One cycle without dials: what is probed, what is chosen, and what is refused."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -254,7 +255,7 @@ def test_a_state_without_a_decay_gets_none():
 
 def test_the_callers_model_and_optimizer_survive_in_nnx():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, osc.adamw(1e-3), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, osc.sgd(0.1), wrt=nnx.Param)
 
     @nnx.jit
     def train_step(model, optimizer, batch):
@@ -270,8 +271,8 @@ def test_the_callers_model_and_optimizer_survive_in_nnx():
 
     state = model, optimizer
     before = jax.tree.map(np.asarray, nnx.state(state))
-    found = osc.auto_onecycle(step_fn, state, make_batches(), 400)
-    assert found.optimizer == "adamw"
+    found = osc.auto_onecycle(step_fn, state, make_batches(), 1000)
+    assert found.short_cycles is not None
     after = jax.tree.map(np.asarray, nnx.state(state))
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
@@ -311,6 +312,66 @@ def test_a_rate_by_inject_hyperparams_is_set_too():
     found = osc.auto_onecycle(step_fn, start(tx), make_batches(), 400)
     np.testing.assert_allclose(found.hyperparams["b2"], 0.97, rtol=1e-6)
     assert found.hyperparams["weight_decay"] > 0
+
+
+def test_all_probes_share_one_trace_and_may_donate():
+    tx, traces = osc.sgd(0.1, weight_decay=1e-4), []
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step_fn(state, batch):
+        traces.append(None)
+        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
+        updates, opt_state = tx.update(grads, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), opt_state), loss
+
+    state = start(tx)
+    found = osc.auto_onecycle(step_fn, state, make_batches(), 1000)
+    assert found.short_cycles is not None
+    assert len(traces) == 1
+    assert not state[0]["in"].is_deleted()
+
+
+def test_groups_are_said_to_be_left_to_the_caller():
+    tx = osc.sgd(
+        0.1,
+        multipliers={"in": 0.1, "out": 1.0},
+        param_labels=lambda p: {"in": "in", "out": "out"},
+    )
+
+    @jax.jit
+    def step_fn(state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
+        updates, opt_state = tx.update(grads, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), opt_state), loss
+
+    found = osc.auto_onecycle(step_fn, start(tx), make_batches(), 400)
+    assert "`tx` has no groups" in " ".join(found.report().split())
+
+
+# --- what is shown --------------------------------------------------------------------
+
+
+def test_the_picture_shows_what_ended_and_what_was_taken():
+    found = found_with("sgd", 0.5)
+    lost = np.where(np.arange(5) == 4, np.inf, found.short_cycles.scores)
+    cycles = dataclasses.replace(found.short_cycles, scores=lost)
+    ax = osc.plotting.plot_auto(dataclasses.replace(found, short_cycles=cycles))
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    points = lines["short cycles"]
+    np.testing.assert_array_equal(points.get_xdata(), cycles.peak_learning_rates[:4])
+    np.testing.assert_array_equal(points.get_ydata(), lost[:4])
+    peak = found.hyperparams["peak_learning_rate"]
+    assert lines[f"peak: {peak:.2g}"].get_xdata() == [peak, peak]
+    low, high = ax.get_ylim()
+    assert low <= lost[:4].min()
+    assert lost[:4].max() <= high
+
+
+def test_nothing_is_drawn_without_a_probe():
+    with pytest.raises(ValueError, match=r"`result`.*`budget` above 0"):
+        osc.plotting.plot_auto(found_with("adamw", 0))
+    with pytest.raises(TypeError, match=r"AutoOneCycleResult, got a dict"):
+        osc.plotting.plot_auto({})
 
 
 # --- what is refused ------------------------------------------------------------------
