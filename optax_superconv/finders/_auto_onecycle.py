@@ -230,10 +230,10 @@ def auto_onecycle(
       batches: As for :func:`range_test`; in the order of training, best shuffled.
       total_steps: Optimizer steps of the run to come, at least 1.
       optimizer: ``"sgd"`` or ``"adamw"``. None is what the state tells by its moments.
-      budget: What the probes may cost, as a fraction of ``total_steps``, at least 0.
-        0 measures nothing: the peak is then a usual one, 0.016 for AdamW and 0.16 for
-        SGD, which may be off by a factor of ten. A rate that at first does not act, as
-        where all gradients are 0, costs steps beyond.
+      budget: What the probes may cost, as a fraction of ``total_steps``, at least 0; if
+        above, at least 20 steps. 0 measures nothing: the peak is then a usual one,
+        0.016 for AdamW, 0.16 for SGD, which may be off by a factor of ten. A rate that
+        does not act at first, as where all gradients are 0, costs steps beyond.
       accumulation_steps: Batches of each step; as for :func:`range_test`.
       stacked: Whether ``batches`` has a leading axis of steps; as for
         :func:`range_test`.
@@ -244,9 +244,9 @@ def auto_onecycle(
       your own of its schedules. Print its ``report()``.
 
     Raises:
-      ValueError: If ``budget`` leaves fewer than 20 steps (the message names the least
-        ``total_steps``); if no rate lowers the loss (the message shows the evidence);
-        and as :func:`range_test`.
+      ValueError: If the probes cannot be made of what they may cost (the message names
+        the least run that would do); if no rate lowers the loss (the message shows the
+        evidence); and as :func:`range_test`.
 
     Warns:
       UserWarning: If the range test suggests no rate, and took what short cycles would
