@@ -70,9 +70,11 @@ def parse_args(
     claims = [json.loads(text).get("claim", {}) for text in kept]
     if args.smoke and args.out.resolve() == RESULTS:
         parser.error("--smoke runs are no evidence: give another --out")
-    made = [claim.get("command") for claim in claims]
-    if takes_data and f"{args.command} --data CIFAR10" in made:
+    made = [claim.get("command", "") for claim in claims]
+    if takes_data and any(c.startswith(f"{args.command} --data CIFAR10") for c in made):
         parser.error(f"{args.out} holds evidence made with --data: give it, or --out")
+    if tables and list(args.only) != list(tables):
+        args.command += f" --only {' '.join(args.only)}"
     if args.smoke:
         jax.config.update("jax_disable_most_optimizations", True)
     return args

@@ -280,7 +280,8 @@ def show_ratios(arm: Arm, found: Sequence[float], length: int) -> str:
         return f"{ratio:.2f}"
 
     mean, *each = found
-    return f"{show(mean)} ({show(min(each))} to {show(max(each))})"
+    shown = [show(ratio) for ratio in (mean, min(each), max(each))]
+    return shown[0] if len({*shown}) == 1 else "{} ({} to {})".format(*shown)
 
 
 def draw(setup: Setup, arms: Mapping[str, Arm], curves: Iterable[Any], path) -> None:
