@@ -31,8 +31,8 @@ the images.
     python benchmarks/super_convergence.py --data CIFAR10 [--smoke] [--out FOLDER]
         [--only speed longer variants]
 
-About five hours on two cores; what an interruption leaves is not run again. A smoke run
-learns digits.
+On two cores ``speed`` takes three hours, the others about two; what an interruption
+leaves is not run again. A smoke run learns digits.
 """
 
 import dataclasses
