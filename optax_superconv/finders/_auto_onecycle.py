@@ -267,7 +267,7 @@ def auto_onecycle(
       >>> w = jnp.zeros(())
       >>> result = osc.auto_onecycle(step_fn, (w, tx.init(w)), [jnp.ones(8)], 1000)
       >>> print(f"{result.hyperparams['peak_learning_rate']:.2f}", result.steps_used)
-      0.70 125
+      0.49 174
 
     References:
       Smith, `A disciplined approach to neural network hyper-parameters
