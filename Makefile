@@ -27,9 +27,9 @@ types: .venv/dev.stamp
 check: lint types test-all
 
 # These measure what the documents quote, and write it into them; run them on an
-# otherwise idle machine. On two cores `bench` takes ten minutes and what `overhead`
-# does; `bench-quality`, which needs CIFAR-10, two hours for all but `super_convergence`,
-# and about five for that: make bench-quality DATA=path/to/cifar10
+# otherwise idle machine. On two cores `bench` takes about 35 minutes, most of them
+# `overhead`; `bench-quality`, which needs CIFAR-10, two hours for all but
+# `super_convergence`, and about five for that: make bench-quality DATA=path/to/cifar10
 bench: .venv/dev.stamp
 	for name in overhead late_decay_minimum_norm large_rate_regimes schedule_peaks; do \
 	    $(BIN)/python benchmarks/$$name.py --out benchmarks/results || exit 1; \
