@@ -21,7 +21,7 @@ tasks; the other half reports.
 
     python benchmarks/no_dials.py [--smoke] [--data CIFAR10] [--out FOLDER]
 
-About XX minutes on two cores with CIFAR-10, of which two tasks are made; what an
+About half an hour on two cores with CIFAR-10, of which two tasks are made; what an
 interruption leaves is not run again.
 """
 

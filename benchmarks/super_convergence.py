@@ -132,16 +132,10 @@ def dials_of(setup: Setup, run: Run) -> np.ndarray:
     return np.pad(dials, ((0, 0), (0, setup.task.num_steps - steps)))
 
 
-def make_tx(optimizer: str, dials) -> Any:
-    rate, momentum, decay = (lambda count, k=k: dials[k, count] for k in range(3))
-    if optimizer == "adamw":
-        return osc.adamw(rate, b2=0.999, weight_decay=decay)
-    return osc.sgd(rate, momentum, weight_decay=decay)
-
-
 @functools.cache
 def training_of(setup: Setup, optimizer: str) -> tasks.Training:
-    return tasks.Training(setup.task, functools.partial(make_tx, optimizer))
+    make_tx = functools.partial(tasks.with_dials, optimizer, b2=0.999)
+    return tasks.Training(setup.task, make_tx)
 
 
 def train(setup: Setup, run: Run, seed: int, examples: data.Batch) -> dict[str, Any]:

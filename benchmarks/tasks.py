@@ -86,11 +86,11 @@ def batch_indices(task: Task, num_steps: int, seed: int) -> np.ndarray:
     return shuffled(len(task.train[1]), task.batch_size, num_steps, seed)
 
 
-def with_dials(optimizer: str, dials) -> Any:
-    """SGD or AdamW, of whose steps (3, n) arrays hold rate, momentum, weight decay."""
+def with_dials(optimizer: str, dials, b2: float = 0.99) -> Any:
+    """SGD or AdamW; ``dials`` (3, n) hold rate, momentum, decay of each step."""
     rate, momentum, decay = (lambda count, k=k: dials[k, count] for k in range(3))
     if optimizer == "adamw":
-        return osc.adamw(rate, momentum, weight_decay=decay)
+        return osc.adamw(rate, momentum, b2, weight_decay=decay)
     return osc.sgd(rate, momentum, weight_decay=decay)
 
 

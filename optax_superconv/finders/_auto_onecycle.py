@@ -31,8 +31,8 @@ MOMENTUM: dict[Optimizer, str] = {"adamw": "b1", "sgd": "momentum"}
 # there to choose.
 USUAL: dict[Optimizer, float] = {"adamw": 0.016, "sgd": 0.16}
 
-# On these tasks AdamW without a suggestion needs short cycles of a 40th of the run to
-# be spared from the range test, SGD those of a 20th.
+# Three short cycles of such a part of the run are spared from the range test: SGD makes
+# them always, AdamW where the test suggests nothing.
 PARTS: dict[Optimizer, int] = {"adamw": 40, "sgd": 20}
 RANGE_STEPS, LEAST_RANGE_STEPS, LEAST_CYCLE_STEPS = 200, 20, 10
 
@@ -232,7 +232,7 @@ def auto_onecycle(
       optimizer: ``"sgd"`` or ``"adamw"``. None is what the state tells by its moments.
       budget: What the probes may cost, as a fraction of ``total_steps``, at least 0; if
         above, at least 20 steps. 0 measures nothing: the peak is then a usual one,
-        0.016 for AdamW, 0.16 for SGD, which may be off by a factor of ten. A rate that
+        0.016 for AdamW, 0.16 for SGD, which may be off tenfold and more. A rate that
         does not act at first, as where all gradients are 0, costs steps beyond.
       accumulation_steps: Batches of each step; as for :func:`range_test`.
       stacked: Whether ``batches`` has a leading axis of steps; as for

@@ -26,7 +26,7 @@ ONE_TEST = (
 )
 USUALLY = (
     "The peak was not measured: it is the one that did best on a few small tasks, and "
-    "may be off by a factor of ten."
+    "may be off tenfold and more."
 )
 DECAYED = (
     "Weight decay: such that the weights shrink as far at any peak and length; it was "

@@ -19,7 +19,7 @@ from optax_superconv import _checks, _records, _trees
 RATE = "learning_rate"
 
 # Values of a ladder that are put where the state is at a time.
-BLOCK = 1000
+AT_ONCE = 1000
 
 Optimizer = Literal["sgd", "adamw"]
 
@@ -248,11 +248,11 @@ def writer(state: Any, knob: Knob, ladder: np.ndarray) -> Callable[..., Any]:
     def row(array: Any, rung: int) -> jax.Array:
         """As an array; a long ladder is no list of as many."""
         where = getattr(array, "sharding", None), getattr(array, "committed", False)
-        block = rung // BLOCK
+        block = rung // AT_ONCE
         if where not in placed or placed[where][0] != block:
-            part = rows[block * BLOCK : (block + 1) * BLOCK]
+            part = rows[block * AT_ONCE : (block + 1) * AT_ONCE]
             placed[where] = block, _put(part, array)
-        return placed[where][1][rung % BLOCK]
+        return placed[where][1][rung % AT_ONCE]
 
     def write(state: Any, rung: int) -> Any:
         def change(node: Any) -> Any:

@@ -41,17 +41,22 @@ def start(tx, scale=0.5):
     return params, tx.init(params)
 
 
+def plain_step(tx, state, batch):
+    params, opt_state = state
+    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), loss
+
+
+def step_with(tx):
+    return jax.jit(functools.partial(plain_step, tx))
+
+
 @functools.cache
 def step_of(optimizer):
     """A training step that counts its calls."""
     tx, calls = TXS[optimizer](), []
-
-    @jax.jit
-    def compiled(state, batch):
-        params, opt_state = state
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+    compiled = step_with(tx)
 
     def step_fn(state, batch):
         calls.append(None)
@@ -107,14 +112,7 @@ def test_adamw_takes_what_a_range_test_suggests():
 def alone(peak, num_steps, weight_decay, batches):
     """The losses of a short run by SGD's recipe, in a plain loop."""
     tx = osc.onecycle_sgd(peak, num_steps, weight_decay=weight_decay)
-    state, losses = start(tx), []
-
-    @jax.jit
-    def step_fn(state, batch):
-        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
-        updates, opt_state = tx.update(grads, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), opt_state), loss
-
+    state, losses, step_fn = start(tx), [], step_with(tx)
     for batch in itertools.islice(batches, num_steps):
         state, loss = step_fn(state, batch)
         losses.append(float(loss))
@@ -280,12 +278,6 @@ def test_the_callers_model_and_optimizer_survive_in_nnx():
 def test_accumulated_steps_count_once():
     tx = optax.MultiSteps(osc.sgd(0.1), 2)
 
-    @jax.jit
-    def step_fn(state, batch):
-        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
-        updates, opt_state = tx.update(grads, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), opt_state), loss
-
     drawn = []
 
     def supply():
@@ -293,25 +285,50 @@ def test_accumulated_steps_count_once():
             drawn.append(None)
             yield batch
 
-    found = osc.auto_onecycle(step_fn, start(tx), supply(), 1000, accumulation_steps=2)
+    found = osc.auto_onecycle(
+        step_with(tx), start(tx), supply(), 1000, accumulation_steps=2
+    )
     assert found.steps_used == 250
     assert found.short_cycles.losses.shape == (3, 50)
     assert len(drawn) == 2 * (250 - 2 * 50 - 2)  # Cycles share theirs.
 
 
-def test_a_rate_by_inject_hyperparams_is_set_too():
+def test_b2_and_decay_are_found_in_inject_hyperparams():
     make = optax.inject_hyperparams(optax.adamw, hyperparam_dtype=jnp.float32)
     tx = make(1e-3, b2=0.97)
-
-    @jax.jit
-    def step_fn(state, batch):
-        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
-        updates, opt_state = tx.update(grads, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), opt_state), loss
-
-    found = osc.auto_onecycle(step_fn, start(tx), make_batches(), 400)
-    np.testing.assert_allclose(found.hyperparams["b2"], 0.97, rtol=1e-6)
+    found = osc.auto_onecycle(step_with(tx), start(tx), make_batches(), 400)
+    assert found.hyperparams["b2"] == 0.97
     assert found.hyperparams["weight_decay"] > 0
+
+
+def test_dials_of_inject_hyperparams_cycle_as_the_recipe_does():
+    make = optax.inject_hyperparams(optax.sgd, hyperparam_dtype=jnp.float32)
+    tx = make(0.1, momentum=0.9, nesterov=True)
+    found = osc.auto_onecycle(step_with(tx), start(tx), make_batches(), 1000)
+    cycles = found.short_cycles
+    drawn = 250 - 3 * 50 - 2
+    for peak, losses in zip(cycles.peak_learning_rates, cycles.losses, strict=True):
+        batches = itertools.islice(itertools.cycle(make_batches()), drawn, None)
+        expected = alone(peak, 50, 0.0, batches)
+        np.testing.assert_allclose(losses[:20], expected[:20], rtol=1e-4)
+
+
+def test_a_ladder_of_thousands_is_applied_rung_by_rung():
+    """Its values are put where the state is in blocks."""
+    tx = osc.sgd(0.1)
+
+    def step_fn(state, batch):
+        w, opt_state = state
+        updates, opt_state = tx.update(jnp.ones(()), opt_state, w)
+        rate = osc.read_hyperparams(opt_state)["learning_rate"]
+        return (w + updates, opt_state), rate
+
+    w = jnp.zeros(())
+    found = osc.range_test(
+        jax.jit(step_fn), (w, tx.init(w)), [None], num_steps=2100, divergence_factor=1e9
+    )
+    np.testing.assert_array_equal(found.losses, found.learning_rates)
+    assert len(found.losses) == 2100
 
 
 def test_all_probes_share_one_trace_and_may_donate():
@@ -320,9 +337,7 @@ def test_all_probes_share_one_trace_and_may_donate():
     @functools.partial(jax.jit, donate_argnums=0)
     def step_fn(state, batch):
         traces.append(None)
-        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
-        updates, opt_state = tx.update(grads, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), opt_state), loss
+        return plain_step(tx, state, batch)
 
     state = start(tx)
     found = osc.auto_onecycle(step_fn, state, make_batches(), 1000)
@@ -338,13 +353,7 @@ def test_groups_are_said_to_be_left_to_the_caller():
         param_labels=lambda p: {"in": "in", "out": "out"},
     )
 
-    @jax.jit
-    def step_fn(state, batch):
-        loss, grads = jax.value_and_grad(loss_fn)(state[0], batch)
-        updates, opt_state = tx.update(grads, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), opt_state), loss
-
-    found = osc.auto_onecycle(step_fn, start(tx), make_batches(), 400)
+    found = osc.auto_onecycle(step_with(tx), start(tx), make_batches(), 400)
     assert "`tx` has no groups" in " ".join(found.report().split())
 
 
