@@ -11,7 +11,8 @@ All arms train for as many steps as the grid did, those of their probes included
 a row says "on top". The constants of ``auto_onecycle`` were chosen on one half of the
 tasks; the other half reports.
 
-- ``auto_onecycle`` at budgets 0, 0.05, 0.25, 0.5, and 0.5 on top;
+- ``auto_onecycle`` at budgets 0, 0.05, 0.25, 0.5, and 0.5 on top; with AdamW also
+  what it takes with the grid's decay, and a third of its peak, to see what does it;
 - one cycle at what a range test of 200 steps suggests, and at one peak for all;
 - a schedule refined by the gradient norms of a first run (Defazio et al., 2023), which
   is on top, at the peak of ``auto_onecycle``;
@@ -43,12 +44,10 @@ from peaks_and_probes import REPORTING, TUNING
 from scipy import stats
 
 import optax_superconv as osc
-from optax_superconv.finders import _auto_onecycle
+from optax_superconv.finders import _auto_probes
 
 OPTIMIZERS = ("adamw", "sgd")
-PEAKS: Mapping[str, float] = {
-    **_auto_onecycle.USUAL
-}  # Of all tasks that choose, as one.
+PEAKS: Mapping[str, float] = {**_auto_probes.USUAL}  # Of all tasks that choose, as one.
 DECAYS = {"adamw": 0.01, "sgd": 0.0}  # of the stored grid
 OTHER_DECAYS = {"adamw": 0.1, "sgd": 5e-4}
 OURS, DEFAULT = "auto_onecycle", "auto_onecycle, 0.25"
@@ -131,10 +130,17 @@ def probing(cell: Cell, seed: int, count: int) -> tuple[Any, Any, Any]:
     return lambda state, batch: training.step(state, 1.0, batch), start, batches
 
 
-def auto(cell: Cell, seed: int, budget: float, on_top: bool = False) -> Outcome:
+def auto(
+    cell: Cell,
+    seed: int,
+    budget: float,
+    on_top: bool = False,
+    decay: float | None = None,
+    factor: float = 1.0,
+) -> Outcome:
     """The run takes what the probes leave; its decay is that of its own length.
 
-    An error is a run that was not made.
+    Unless it is given, or a factor to the peak. An error is a run that was not made.
     """
     steps = cell.task.num_steps
     length = steps if on_top else int(steps / (1 + budget))
@@ -147,12 +153,12 @@ def auto(cell: Cell, seed: int, budget: float, on_top: bool = False) -> Outcome:
             untrained = float(cell.stored.untrained.mean())
             return Outcome(untrained, int(budget * length), said=str(error))
     said = " ".join(str(w.message) for w in caught if w.category is UserWarning)
-    peak, decay = (
-        found.hyperparams[name] for name in ("peak_learning_rate", "weight_decay")
-    )
     left = steps if on_top else steps - found.steps_used
-    loss = run(cell, one_cycle(peak, left, decay * length / left), seed)
-    return Outcome(loss, found.steps_used, peak, decay * length / left, said)
+    peak = factor * found.hyperparams["peak_learning_rate"]
+    if decay is None:
+        decay = found.hyperparams["weight_decay"] * length / (factor * left)
+    loss = run(cell, one_cycle(peak, left, decay), seed)
+    return Outcome(loss, found.steps_used, peak, decay, said)
 
 
 def range_test(cell: Cell, seed: int) -> Outcome:
@@ -256,6 +262,10 @@ ARMS: dict[str, Arm] = {
     "range test, one cycle": range_test,
     "one peak for all, one cycle": one_peak,
 }
+PARTS: dict[str, Arm] = {
+    f"{OURS}, 0.25, decay 0.01": functools.partial(auto, budget=0.25, decay=0.01),
+    f"{OURS}, 0.25, third of peak": functools.partial(auto, budget=0.25, factor=1 / 3),
+}
 PEERS: dict[str, Arm] = {
     name: functools.partial(peer, make_tx=make_tx)
     for name, make_tx in {
@@ -271,7 +281,7 @@ PEERS: dict[str, Arm] = {
 
 
 def arms_of(optimizer: str) -> dict[str, Arm]:
-    return ARMS | PEERS if optimizer == "adamw" else ARMS
+    return ARMS | PARTS | PEERS if optimizer == "adamw" else ARMS
 
 
 # --- what comes out -------------------------------------------------------------------
@@ -433,6 +443,10 @@ def main() -> None:
         grid[f"{part}, cost"] = str(GRID_RUNS)
     rows.append(grid)
     evidence = {
+        "profiles": {
+            name: {part: sorted(s.regret for s in each) for part, each in of.items()}
+            for name, of in by_part.items()
+        },
         "outcomes": {", ".join(key): value for key, value in found.items()},
         "references": {", ".join(key): value for key, value in references.items()},
         "regrets": {

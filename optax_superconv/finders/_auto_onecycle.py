@@ -7,184 +7,23 @@ the same batches say the rest.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar, get_args
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
 
 import jax
-import numpy as np
 
 from optax_superconv import _batches, _checks, _records
-from optax_superconv.finders import _auto_results, _members, _runs, _steps
-from optax_superconv.finders._auto_results import AutoOneCycleResult, ShortCycles
-from optax_superconv.finders._range_test import RangeTestResult, range_test
-from optax_superconv.finders._steps import RATE, Form, Optimizer
-from optax_superconv.finders._suggestions import suggest_learning_rate
-from optax_superconv.schedules._onecycle import onecycle
+from optax_superconv.finders import _auto_probes, _auto_results, _steps
+from optax_superconv.finders._auto_probes import (
+    DECAY,
+    LEAST_RANGE_STEPS,
+    MOMENTUM,
+    Asked,
+)
+from optax_superconv.finders._auto_results import AutoOneCycleResult
+from optax_superconv.finders._steps import RATE, Optimizer
 
 State = TypeVar("State")
-
-DECAY = "weight_decay"
-MOMENTUM: dict[Optimizer, str] = {"adamw": "b1", "sgd": "momentum"}
-
-# The best constant peaks on the tasks of benchmarks/range_test_quality.py that were
-# there to choose.
-USUAL: dict[Optimizer, float] = {"adamw": 0.016, "sgd": 0.16}
-
-# Three short cycles of such a part of the run are spared from the range test: SGD makes
-# them always, AdamW where the test suggests nothing.
-PARTS: dict[Optimizer, int] = {"adamw": 40, "sgd": 20}
-RANGE_STEPS, LEAST_RANGE_STEPS, LEAST_CYCLE_STEPS = 200, 20, 10
-
-# Peak rate x weight decay x steps: the weights shrink by about exp(-1/2) in a run.
-KAPPA = 1.0
-
-
-class _Asked(NamedTuple):
-    """What is to be trained, and on what."""
-
-    form: Form
-    state: Any
-    source: Iterator[Any]
-    total_steps: int
-    optimizer: Optimizer
-    has_decay: bool  # whether the state has a dial for it
-    progress: bool
-    calls: list[int]  # of the step, in one place
-
-    def used(self) -> int:
-        """Training steps until now, those that were made twice included."""
-        return -(-self.calls[0] // self.form.accumulation_steps)
-
-    def decay_for(self, peak: Any) -> Any:
-        """The decay that makes the same product of peak, decay and steps."""
-        # SGD's is coupled, so its momentum repeats it, some ten times.
-        coupled = 0.1 if self.optimizer == "sgd" else 1.0
-        kappa = KAPPA * min(1.0, self.total_steps / 100)  # At most 1 % in a step.
-        return kappa * coupled / (peak * self.total_steps)
-
-
-class _Found(NamedTuple):
-    """A peak, and how it came about."""
-
-    peak: float
-    range_test: RangeTestResult | None
-    short_cycles: ShortCycles | None
-    reasons: tuple[str, ...]
-
-
-def _counted(form: Form, calls: list[int]) -> Form:
-    """The form, whose step counts."""
-
-    def step(*args: Any) -> Any:
-        calls[0] += 1
-        return form.step(*args)
-
-    return form._replace(step=step)
-
-
-def _range_test(asked: _Asked, num_steps: int) -> RangeTestResult:
-    return range_test(
-        lambda state, batch: asked.form.step(state, {}, batch),
-        asked.state,
-        asked.source,
-        num_steps=num_steps,
-        accumulation_steps=asked.form.accumulation_steps,
-        progress=asked.progress,
-    )
-
-
-def _short_cycles(asked: _Asked, peaks: np.ndarray, num_steps: int) -> ShortCycles:
-    """A one cycle at each peak, side by side."""
-    count, size = np.arange(num_steps), len(peaks)
-    rate, momentum = (np.asarray(path(count)) for path in onecycle(1.0, num_steps))
-    values = {
-        RATE: np.float32(np.outer(peaks, rate)),
-        MOMENTUM[asked.optimizer]: np.broadcast_to(momentum, (size, num_steps)),
-    }
-    if asked.has_decay:
-        values[DECAY] = np.float32(asked.decay_for(peaks))
-    members = _members.one_by_one(asked.form, asked.state, values)
-    title, form, source = "short cycles", asked.form, asked.source
-    losses = _members.train(
-        title, num_steps, source, form, size, members, asked.progress
-    )
-    ends = losses[:, num_steps // 2 :].mean(axis=1)
-    scores = np.where(np.isfinite(losses).all(axis=1), ends, np.inf)
-    return ShortCycles(np.asarray(peaks, np.float32), losses, scores)
-
-
-def _check_learns(test: RangeTestResult, cycles: ShortCycles, suggests: bool) -> None:
-    """Raises unless the best short cycle ends, and where nothing else tells, learns."""
-    first = test.losses[: max(3, len(test.losses) // 10)]
-    last = cycles.losses.shape[1] - cycles.losses.shape[1] // 2
-    doubt = 3 * _runs.noise(test.losses) * math.sqrt(1 / len(first) + 1 / last)
-    level = np.inf if suggests else float(np.median(first)) - doubt
-    _checks.require(
-        bool(cycles.scores.min() < level),
-        "step_fn",
-        "a step that lowers the loss at some rate, within the steps of the probes "
-        "(a larger `budget` has more)",
-        f"({_auto_results.told_of(test)} {_auto_results.told_of_cycles(cycles)})",
-    )
-
-
-def _probed(asked: _Asked, allowed: int) -> _Found:
-    """What so many steps tell."""
-    kind = asked.optimizer
-    part = max(LEAST_CYCLE_STEPS, asked.total_steps // PARTS[kind])
-    spared = 3 * part + 1  # The first step is made twice, to see that the rate acts.
-    if allowed - spared < 50:  # Fewer do not make a range test.
-        spared = 0
-    test = _range_test(asked, min(RANGE_STEPS, allowed - spared - 1))
-    reasons = [_auto_results.told_of(test)]
-    suggested = None
-    try:
-        suggested = suggest_learning_rate(test, optimizer=kind)
-        reasons.append(
-            f"It suggests {suggested:.3g}, by {_auto_results.METHODS[kind]}."
-        )
-    except ValueError as error:
-        reasons.append(f"It suggests no rate: {error}")
-    left = allowed - asked.used() - 1
-    if suggested is not None and (kind == "adamw" or left < 3 * part):
-        return _Found(suggested, test, None, (*reasons, _auto_results.ONE_TEST))
-    longest = max(LEAST_CYCLE_STEPS, asked.total_steps // 20)
-    size, step = min(5, max(3, left // longest)), 1.0
-    if suggested is not None:
-        size, step = (5, 0.25) if size == 5 else (3, 0.5)
-    num_steps = min(left // size, longest)
-    # No rate above the one that diverged.
-    ceiling = float(test.learning_rates[-1]) if test.diverged else np.inf
-    if num_steps < LEAST_CYCLE_STEPS:
-        _check_usual(test, kind, ceiling)
-        warnings.warn(
-            f"`budget` leaves {allowed} steps to the probes. {' '.join(reasons)} So the"
-            " peak is a usual one. Short cycles would need "
-            f"{3 * LEAST_CYCLE_STEPS} steps more at least.",
-            stacklevel=3,
-        )
-        return _Found(USUAL[kind], test, None, (*reasons, _auto_results.USUALLY))
-    decades = step * (np.arange(size) - (size - 1) / 2)
-    top = (suggested or USUAL[kind]) * 10.0 ** decades[-1]
-    if suggested is None:
-        top = min(top, ceiling)
-    cycles = _short_cycles(asked, top * 10.0 ** (decades - decades[-1]), num_steps)
-    _check_learns(test, cycles, suggested is not None)
-    reasons.append(_auto_results.told_of_cycles(cycles))
-    peak = float(cycles.peak_learning_rates[cycles.scores.argmin()])
-    return _Found(peak, test, cycles, tuple(reasons))
-
-
-def _check_usual(test: RangeTestResult, optimizer: Optimizer, ceiling: float) -> None:
-    """Raises unless the usual peak lies below divergence."""
-    _checks.require(
-        USUAL[optimizer] < ceiling,
-        "budget",
-        "large enough for short cycles, where a range test suggests no rate and "
-        f"diverges below the usual one, {USUAL[optimizer]}",
-        f"one that was used up ({_auto_results.told_of(test)})",
-    )
 
 
 def auto_onecycle(
@@ -204,7 +43,8 @@ def auto_onecycle(
     The length is yours to say. The peak rate is measured:
 
     * by a range test of at most 200 steps (see :func:`range_test`), read as
-      :func:`suggest_learning_rate` does;
+      :func:`suggest_learning_rate` does. With AdamW, if it decays weights, the peak is
+      three times that, below divergence;
     * with SGD, then by three or five cycles of a 20th of the run, at that rate and up
       to half a decade below and above it, side by side on the same batches. The peak is
       the one with the lowest mean loss in its second half. (Not where the budget would
@@ -213,9 +53,10 @@ def auto_onecycle(
       leaves within its steps, by three to five such cycles a decade apart, around a
       usual peak and below divergence.
 
-    The weight decay is :math:`\lambda = 1 / (\eta T)` for a peak :math:`\eta` and
-    :math:`T` steps, and for SGD, whose momentum repeats it, a tenth of that: so the
-    run forgets about as much of its weights at any rate and length.
+    The weight decay is :math:`\lambda = \kappa / (\eta T)` for a peak :math:`\eta` and
+    :math:`T` steps: so the run forgets about as much of its weights at any rate and
+    length. :math:`\kappa` is 5 for AdamW and 1 where its range test suggests no rate;
+    for SGD, whose momentum repeats the decay, it is 0.1. A step decays by at most 2 %.
 
     Warm-up and momentum are those of :func:`onecycle`. It learns from nothing but what
     it is given: no held-out loss. What the probes used is not taken off
@@ -267,7 +108,7 @@ def auto_onecycle(
       >>> w = jnp.zeros(())
       >>> result = osc.auto_onecycle(step_fn, (w, tx.init(w)), [jnp.ones(8)], 1000)
       >>> print(f"{result.hyperparams['peak_learning_rate']:.2f}", result.steps_used)
-      0.49 174
+      1.48 174
 
     References:
       Smith, `A disciplined approach to neural network hyper-parameters
@@ -277,7 +118,7 @@ def auto_onecycle(
     """
     calls = [0]
     form = _steps.form_of(step_fn, False, accumulation_steps)
-    form = _counted(form, calls)
+    form = _auto_probes.counted(form, calls)
     total_steps = _checks.steps("total_steps", total_steps, at_least=1)
     budget = _checks.scalar("budget", budget, _checks.NON_NEGATIVE)
     if optimizer is None:
@@ -311,24 +152,23 @@ def auto_onecycle(
     )
     source = _batches.draw(batches, stacked)
     _checks.flag("progress", progress)
-    asked = _Asked(
+    asked = Asked(
         form, state, source, total_steps, optimizer, has_decay, progress, calls
     )
-    found = _Found(USUAL[optimizer], None, None, (_auto_results.USUALLY,))
-    if budget:
-        found = _probed(asked, allowed)
+    found = _auto_probes.probed(asked, allowed)
     grouped = any(name.startswith(f"{RATE}/") for name in knobs)
     reasons = (
         *found.reasons,
         *[_auto_results.DECAYED] * has_decay,
         *[_auto_results.GROUPED] * grouped,
     )
+    peak = _short(found.peak)
     hyperparams = {
-        "peak_learning_rate": _short(found.peak),
+        "peak_learning_rate": peak,
         "warmup_steps": round(0.3 * total_steps),
         "max_momentum": 0.95,
         "base_momentum": 0.85,
-        DECAY: _short(asked.decay_for(_short(found.peak))) if has_decay else 0.0,
+        DECAY: _short(asked.decay_for(peak, found.kappas)) if has_decay else 0.0,
     }
     if optimizer == "adamw":
         held = _records.read_hyperparams(state)

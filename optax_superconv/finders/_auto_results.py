@@ -20,6 +20,10 @@ METHODS: dict[Optimizer, str] = {
     "adamw": "the knee, where nine tenths of the fall are done",
     "sgd": "the middle between a tenth of the rate of the lowest loss and divergence",
 }
+RAISED = (
+    "The peak is three times that: a weight decay as strong as here makes up for a "
+    "peak that is too high, and goes best with one above the knee."
+)
 ONE_TEST = (
     "How sure: it is one reading of one test. docs/find_the_rate.md says where that "
     "misses, and how far. A run at a third and one at three times the peak would tell."

@@ -1,0 +1,194 @@
+"""What do a range test and short cycles say of the peak, and of the weight decay?"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optax_superconv import _checks
+from optax_superconv.finders import _auto_results, _members, _runs
+from optax_superconv.finders._auto_results import ShortCycles
+from optax_superconv.finders._range_test import RangeTestResult, range_test
+from optax_superconv.finders._steps import RATE, Form, Optimizer
+from optax_superconv.finders._suggestions import suggest_learning_rate
+from optax_superconv.schedules._onecycle import onecycle
+
+DECAY = "weight_decay"
+MOMENTUM: dict[Optimizer, str] = {"adamw": "b1", "sgd": "momentum"}
+
+# The best constant peaks on the tasks of benchmarks/range_test_quality.py that were
+# there to choose.
+USUAL: dict[Optimizer, float] = {"adamw": 0.016, "sgd": 0.16}
+
+# Three short cycles of such a part of the run are spared from the range test: SGD makes
+# them always, AdamW where the test suggests nothing.
+PARTS: dict[Optimizer, int] = {"adamw": 40, "sgd": 20}
+RANGE_STEPS, LEAST_RANGE_STEPS, LEAST_CYCLE_STEPS = 200, 20, 10
+
+# Of what a range test suggests. A run with AdamW that decays as much as below does best
+# above the knee, and forgives a peak that is too high.
+FACTOR = 3.0
+
+# Peak x weight decay x steps: in a run the weights shrink by exp(-1/2) of it, or of ten
+# times as much with SGD, whose momentum repeats its coupled decay. A strong decay keeps
+# weights down where the peak is too low, so a peak that AdamW did not measure gets the
+# weaker one.
+KAPPAS: dict[Optimizer, float] = {"adamw": 5.0, "sgd": 0.1}
+WEAK_KAPPAS: dict[Optimizer, float] = {"adamw": 1.0, "sgd": 0.1}
+DECAY_OF_STEP = 0.02
+
+
+class Asked(NamedTuple):
+    """What is to be trained, and on what."""
+
+    form: Form
+    state: Any
+    source: Iterator[Any]
+    total_steps: int
+    optimizer: Optimizer
+    has_decay: bool  # whether the state has a dial for it
+    progress: bool
+    calls: list[int]  # of the step, in one place
+
+    def used(self) -> int:
+        """Training steps until now, those that were made twice included."""
+        return -(-self.calls[0] // self.form.accumulation_steps)
+
+    def decay_for(self, peak: Any, kappas: dict[Optimizer, float]) -> Any:
+        """The decay that makes that product, if no step decays by too much."""
+        most = DECAY_OF_STEP * (0.1 if self.optimizer == "sgd" else 1.0)
+        return min(kappas[self.optimizer] / self.total_steps, most) / peak
+
+
+class Found(NamedTuple):
+    """A peak, and how it came about."""
+
+    peak: float
+    kappas: dict[Optimizer, float]
+    range_test: RangeTestResult | None
+    short_cycles: ShortCycles | None
+    reasons: tuple[str, ...]
+
+
+def counted(form: Form, calls: list[int]) -> Form:
+    """The form, whose step counts."""
+
+    def step(*args: Any) -> Any:
+        calls[0] += 1
+        return form.step(*args)
+
+    return form._replace(step=step)
+
+
+def _range_test(asked: Asked, num_steps: int) -> RangeTestResult:
+    return range_test(
+        lambda state, batch: asked.form.step(state, {}, batch),
+        asked.state,
+        asked.source,
+        num_steps=num_steps,
+        accumulation_steps=asked.form.accumulation_steps,
+        progress=asked.progress,
+    )
+
+
+def _short_cycles(asked: Asked, peaks: np.ndarray, num_steps: int) -> ShortCycles:
+    """A one cycle at each peak, side by side."""
+    count, size = np.arange(num_steps), len(peaks)
+    rate, momentum = (np.asarray(path(count)) for path in onecycle(1.0, num_steps))
+    values = {
+        RATE: np.float32(np.outer(peaks, rate)),
+        MOMENTUM[asked.optimizer]: np.broadcast_to(momentum, (size, num_steps)),
+    }
+    if asked.has_decay:
+        values[DECAY] = np.float32(asked.decay_for(peaks, WEAK_KAPPAS))
+    members = _members.one_by_one(asked.form, asked.state, values)
+    title, form, source = "short cycles", asked.form, asked.source
+    losses = _members.train(
+        title, num_steps, source, form, size, members, asked.progress
+    )
+    ends = losses[:, num_steps // 2 :].mean(axis=1)
+    scores = np.where(np.isfinite(losses).all(axis=1), ends, np.inf)
+    return ShortCycles(np.asarray(peaks, np.float32), losses, scores)
+
+
+def _check_learns(test: RangeTestResult, cycles: ShortCycles, suggests: bool) -> None:
+    """Raises unless the best short cycle ends, and where nothing else tells, learns."""
+    first = test.losses[: max(3, len(test.losses) // 10)]
+    last = cycles.losses.shape[1] - cycles.losses.shape[1] // 2
+    doubt = 3 * _runs.noise(test.losses) * math.sqrt(1 / len(first) + 1 / last)
+    level = np.inf if suggests else float(np.median(first)) - doubt
+    _checks.require(
+        bool(cycles.scores.min() < level),
+        "step_fn",
+        "a step that lowers the loss at some rate, within the steps of the probes "
+        "(a larger `budget` has more)",
+        f"({_auto_results.told_of(test)} {_auto_results.told_of_cycles(cycles)})",
+    )
+
+
+def probed(asked: Asked, allowed: int) -> Found:
+    """What so many steps tell; the usual peak if there are none."""
+    kind = asked.optimizer
+    if not allowed:
+        return Found(USUAL[kind], WEAK_KAPPAS, None, None, (_auto_results.USUALLY,))
+    part = max(LEAST_CYCLE_STEPS, asked.total_steps // PARTS[kind])
+    spared = 3 * part + 1  # The first step is made twice, to see that the rate acts.
+    if allowed - spared < 50:  # Fewer do not make a range test.
+        spared = 0
+    test = _range_test(asked, min(RANGE_STEPS, allowed - spared - 1))
+    reasons = [_auto_results.told_of(test)]
+    suggested = None
+    try:
+        suggested = suggest_learning_rate(test, optimizer=kind)
+        reasons.append(
+            f"It suggests {suggested:.3g}, by {_auto_results.METHODS[kind]}."
+        )
+    except ValueError as error:
+        reasons.append(f"It suggests no rate: {error}")
+    left = allowed - asked.used() - 1
+    # No rate above the one that diverged.
+    ceiling = float(test.learning_rates[-1]) if test.diverged else np.inf
+    if suggested is not None and (kind == "adamw" or left < 3 * part):
+        raised = kind == "adamw" and asked.has_decay
+        peak = FACTOR * suggested if raised else suggested
+        reasons += [*[_auto_results.RAISED] * raised, _auto_results.ONE_TEST]
+        return Found(min(peak, ceiling), KAPPAS, test, None, tuple(reasons))
+    longest = max(LEAST_CYCLE_STEPS, asked.total_steps // 20)
+    size, step = min(5, max(3, left // longest)), 1.0
+    if suggested is not None:
+        size, step = (5, 0.25) if size == 5 else (3, 0.5)
+    num_steps = min(left // size, longest)
+    if num_steps < LEAST_CYCLE_STEPS:
+        _check_usual(test, kind, ceiling)
+        warnings.warn(
+            f"`budget` leaves {allowed} steps to the probes. {' '.join(reasons)} So the"
+            " peak is a usual one. Short cycles would need "
+            f"{3 * LEAST_CYCLE_STEPS} steps more at least.",
+            stacklevel=3,
+        )
+        reasons.append(_auto_results.USUALLY)
+        return Found(USUAL[kind], WEAK_KAPPAS, test, None, tuple(reasons))
+    decades = step * (np.arange(size) - (size - 1) / 2)
+    top = (suggested or USUAL[kind]) * 10.0 ** decades[-1]
+    if suggested is None:
+        top = min(top, ceiling)
+    cycles = _short_cycles(asked, top * 10.0 ** (decades - decades[-1]), num_steps)
+    _check_learns(test, cycles, suggested is not None)
+    reasons.append(_auto_results.told_of_cycles(cycles))
+    peak = float(cycles.peak_learning_rates[cycles.scores.argmin()])
+    return Found(peak, WEAK_KAPPAS, test, cycles, tuple(reasons))
+
+
+def _check_usual(test: RangeTestResult, optimizer: Optimizer, ceiling: float) -> None:
+    """Raises unless the usual peak lies below divergence."""
+    _checks.require(
+        USUAL[optimizer] < ceiling,
+        "budget",
+        "large enough for short cycles, where a range test suggests no rate and "
+        f"diverges below the usual one, {USUAL[optimizer]}",
+        f"one that was used up ({_auto_results.told_of(test)})",
+    )
