@@ -117,7 +117,7 @@ def auto_onecycle(
       <https://arxiv.org/abs/2405.13698>`_, 2024 (the product of rate, decay and steps).
     """
     calls = [0]
-    form = _steps.form_of(step_fn, False, accumulation_steps)
+    form = _steps.form_of(step_fn, None, accumulation_steps)
     form = _auto_probes.counted(form, calls)
     total_steps = _checks.steps("total_steps", total_steps, at_least=1)
     budget = _checks.scalar("budget", budget, _checks.NON_NEGATIVE)
@@ -140,7 +140,8 @@ def auto_onecycle(
         f"one that holds {', '.join(knobs) or 'none'}",
     )
     has_decay = DECAY in knobs
-    _steps.check_dials(state, knobs, [RATE, moved, *[DECAY] * has_decay])
+    names = [RATE, moved, *[DECAY] * has_decay]
+    _steps.check_dials(state, knobs, names, may_pass=False)
     allowed = math.floor(budget * total_steps + 1e-6)
     _checks.require(
         budget == 0 or allowed >= LEAST_RANGE_STEPS,

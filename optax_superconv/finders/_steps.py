@@ -45,13 +45,15 @@ class Knob(NamedTuple):
 
 def form_of(
     step_fn: Any,
-    pass_hyperparams: bool,
+    pass_hyperparams: bool | None,
     accumulation_steps: Any,
     passed: str = RATE,
 ) -> Form:
-    """The caller's step, checked for its arguments."""
+    """The caller's step, checked for its arguments; None if none may be passed."""
     _checks.function("step_fn", step_fn)
-    _checks.flag("pass_hyperparams", pass_hyperparams)
+    offered = pass_hyperparams is not None
+    if offered:
+        _checks.flag("pass_hyperparams", pass_hyperparams)
     steps = _checks.steps("accumulation_steps", accumulation_steps, at_least=1)
     names = ("state", passed, "batch") if pass_hyperparams else ("state", "batch")
     try:
@@ -65,9 +67,10 @@ def form_of(
             advice = (
                 "give `pass_hyperparams=False` for one without hyperparameters"
                 if pass_hyperparams
-                else f"`pass_hyperparams=True` for (state, {passed}, batch); one that "
-                "changes its objects in place goes in `lambda state, batch: (state, "
-                "train_step(*state, batch))`"
+                else f"`pass_hyperparams=True` for (state, {passed}, batch); "
+                * offered
+                + "one that changes its objects in place goes in `lambda state, batch: "
+                "(state, train_step(*state, batch))`"
             )
             raise TypeError(
                 f"`step_fn` must take ({', '.join(names)}), got a function of "
@@ -172,7 +175,9 @@ def recorded(state: Any, knob: Knob) -> Any:
     return _records.dials_of(node_at(state, knob.path))[knob.key]
 
 
-def check_dials(state: Any, knobs: Mapping[str, Knob], names: Iterable[str]) -> None:
+def check_dials(
+    state: Any, knobs: Mapping[str, Knob], names: Iterable[str], may_pass: bool = True
+) -> None:
     """Raises unless the state has one dial of each name, in float32."""
     held = ", ".join(knobs) or "none"
     kind = _records.states_in(state)
@@ -182,11 +187,12 @@ def check_dials(state: Any, knobs: Mapping[str, Knob], names: Iterable[str]) -> 
                 f"`state` must hold a dial {name!r} to be set, got one that holds "
                 f"{held} ({kind}). Take an optimizer that has it: `osc.adamw(...)`, "
                 "`osc.scale_by_learning_rate` at the end of a chain, or "
-                "`optax.inject_hyperparams(tx, hyperparam_dtype=jnp.float32)(...)`. "
-                "Or give `pass_hyperparams=True`, and a step that takes it."
+                "`optax.inject_hyperparams(tx, hyperparam_dtype=jnp.float32)(...)`."
+                + " Or give `pass_hyperparams=True`, and a step that takes it."
+                * may_pass
             )
-        rule = f"with one dial {name!r}, or `pass_hyperparams=True` with a step that"
-        rule += " takes it"
+        rule = f"with one dial {name!r}"
+        rule += ", or `pass_hyperparams=True` with a step that takes it" * may_pass
         _checks.require(f"{name}_1" not in knobs, "state", rule, held)
         node = node_at(state, knobs[name].path)
         _checks.require(

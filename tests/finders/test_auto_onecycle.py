@@ -416,6 +416,7 @@ def unmoved(state, batch):
 
 
 SCALAR = (jnp.zeros(()), osc.sgd(0.1).init(jnp.zeros(())))
+RATELESS = (jnp.zeros(()), osc.scheduled_trace(0.9).init(jnp.zeros(())))
 NOISE = list(np.float32(np.random.default_rng(0).normal(size=500)))
 
 
@@ -451,9 +452,13 @@ NOISE = list(np.float32(np.random.default_rng(0).normal(size=500)))
             r"tell its optimizer",
         ),
         (noisy, SCALAR, NOISE, {"optimizer": "adamw"}, r"state.*dial 'b1'"),
+        (noisy, (SCALAR, SCALAR), NOISE, {}, r"state.*one dial 'learning_rate'"),
+        (noisy, RATELESS, NOISE, {}, r"state.*dial 'learning_rate'"),
+        (lambda w, rate, batch: (w, batch), SCALAR, NOISE, {}, r"step_fn.*must take"),
     ],
 )
 def test_what_cannot_be_probed_is_an_error(step_fn, state, batches, options, message):
     options = {"total_steps": 1000} | options
-    with pytest.raises(ValueError, match=f"(?s){message}"):
+    with pytest.raises((TypeError, ValueError), match=f"(?s){message}") as error:
         osc.auto_onecycle(step_fn, state, batches, **options)
+    assert "pass_hyperparams" not in str(error.value)  # Which it does not have.
