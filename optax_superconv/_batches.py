@@ -17,7 +17,7 @@ from optax_superconv import _checks
 from optax_superconv._numerics import is_array
 
 _REMEDY = (
-    "put a single batch in a list, `[batch]`, and give `stacked=True` for one pytree "
+    "put a single batch in a list, `[batch]`, or give `stacked=True` with one pytree "
     "whose leaves have a leading axis of steps"
 )
 

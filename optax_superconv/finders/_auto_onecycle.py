@@ -54,9 +54,10 @@ def auto_onecycle(
       usual peak and below divergence.
 
     The weight decay is :math:`\lambda = \kappa / (\eta T)` for a peak :math:`\eta` and
-    :math:`T` steps: so the run forgets about as much of its weights at any rate and
-    length. :math:`\kappa` is 5 for AdamW and 1 where its range test suggests no rate;
-    for SGD, whose momentum repeats the decay, it is 0.1. A step decays by at most 2 %.
+    :math:`T` steps, with :math:`\kappa = \min(5, T / 400)` for AdamW, or 1 in place of
+    5 where the range test suggests no rate; for SGD, whose momentum repeats the decay,
+    it is a tenth of :math:`\min(1, T / 400)`. So the run forgets about as much of its
+    weights at any rate, and none forgets them within 400 steps.
 
     Warm-up and momentum are those of :func:`onecycle`. It learns from nothing but what
     it is given: no held-out loss. What the probes used is not taken off
@@ -157,19 +158,18 @@ def auto_onecycle(
         form, state, source, total_steps, optimizer, has_decay, progress, calls
     )
     found = _auto_probes.probed(asked, allowed)
-    grouped = any(name.startswith(f"{RATE}/") for name in knobs)
-    reasons = (
-        *found.reasons,
-        *[_auto_results.DECAYED] * has_decay,
-        *[_auto_results.GROUPED] * grouped,
-    )
-    peak = _short(found.peak)
+    peak, decay, reasons = _short(found.peak), 0.0, list(found.reasons)
+    if has_decay:
+        decay = _short(asked.decay_for(peak, found.kappas))
+        reasons.append(_auto_results.told_of_decay(peak * decay * total_steps))
+    if any(name.startswith(f"{RATE}/") for name in knobs):
+        reasons.append(_auto_results.GROUPED)
     hyperparams = {
         "peak_learning_rate": peak,
         "warmup_steps": round(0.3 * total_steps),
         "max_momentum": 0.95,
         "base_momentum": 0.85,
-        DECAY: _short(asked.decay_for(peak, found.kappas)) if has_decay else 0.0,
+        DECAY: decay,
     }
     if optimizer == "adamw":
         held = _records.read_hyperparams(state)
@@ -181,7 +181,7 @@ def auto_onecycle(
         asked.used(),
         found.range_test,
         found.short_cycles,
-        reasons,
+        tuple(reasons),
     )
 
 

@@ -28,6 +28,7 @@ USUAL: dict[Optimizer, float] = {"adamw": 0.016, "sgd": 0.16}
 # them always, AdamW where the test suggests nothing.
 PARTS: dict[Optimizer, int] = {"adamw": 40, "sgd": 20}
 RANGE_STEPS, LEAST_RANGE_STEPS, LEAST_CYCLE_STEPS = 200, 20, 10
+BESIDE_CYCLES = 50  # Fewer do not make a range test that others follow.
 
 # Of what a range test suggests. A run with AdamW that decays as much as below does best
 # above the knee, and forgives a peak that is too high.
@@ -36,10 +37,10 @@ FACTOR = 3.0
 # Peak x weight decay x steps: in a run the weights shrink by exp(-1/2) of it, or of ten
 # times as much with SGD, whose momentum repeats its coupled decay. A strong decay keeps
 # weights down where the peak is too low, so a peak that AdamW did not measure gets the
-# weaker one.
+# weaker one. Nor may a step forget so much that short runs cannot learn.
 KAPPAS: dict[Optimizer, float] = {"adamw": 5.0, "sgd": 0.1}
 WEAK_KAPPAS: dict[Optimizer, float] = {"adamw": 1.0, "sgd": 0.1}
-DECAY_OF_STEP = 0.02
+STEPS_TO_FORGET = 400
 
 
 class Asked(NamedTuple):
@@ -59,8 +60,8 @@ class Asked(NamedTuple):
         return -(-self.calls[0] // self.form.accumulation_steps)
 
     def decay_for(self, peak: Any, kappas: dict[Optimizer, float]) -> Any:
-        """The decay that makes that product, if no step decays by too much."""
-        most = DECAY_OF_STEP * (0.1 if self.optimizer == "sgd" else 1.0)
+        """The decay that makes that product, or the most that is forgotten in time."""
+        most = (0.1 if self.optimizer == "sgd" else 1.0) / STEPS_TO_FORGET
         return min(kappas[self.optimizer] / self.total_steps, most) / peak
 
 
@@ -130,14 +131,72 @@ def _check_learns(test: RangeTestResult, cycles: ShortCycles, suggests: bool) ->
     )
 
 
+def _ceiling(test: RangeTestResult) -> float:
+    """No rate above the one that diverged."""
+    return float(test.learning_rates[-1]) if test.diverged else math.inf
+
+
+def _check_usual(test: RangeTestResult, optimizer: Optimizer) -> None:
+    """Raises unless the usual peak lies below divergence."""
+    _checks.require(
+        USUAL[optimizer] < _ceiling(test),
+        "budget",
+        "large enough for short cycles, where a range test suggests no rate and "
+        f"diverges below the usual one, {USUAL[optimizer]}",
+        f"one that was used up ({_auto_results.told_of(test)})",
+    )
+
+
+def _spared(asked: Asked) -> int:
+    """Steps for short cycles."""
+    part = max(LEAST_CYCLE_STEPS, asked.total_steps // PARTS[asked.optimizer])
+    return 3 * part + 1  # The first step is made twice, to see that the rate acts.
+
+
+def _from_cycles(
+    asked: Asked,
+    allowed: int,
+    test: RangeTestResult,
+    suggested: float | None,
+    reasons: list[str],
+) -> Found:
+    """What short cycles tell after a range test, or that no step is left for them."""
+    kind, left = asked.optimizer, allowed - asked.used() - 1
+    longest = max(LEAST_CYCLE_STEPS, asked.total_steps // 20)
+    size, step = min(5, max(3, left // longest)), 1.0
+    if suggested is not None:
+        size, step = (5, 0.25) if size == 5 else (3, 0.5)
+    num_steps = min(left // size, longest)
+    if num_steps < LEAST_CYCLE_STEPS:
+        _check_usual(test, kind)
+        enough = BESIDE_CYCLES + _spared(asked)
+        enough = math.ceil(100 * enough / asked.total_steps) / 100
+        warnings.warn(
+            f"`budget` leaves {allowed} steps to the probes. {' '.join(reasons)} So the"
+            f" peak is a usual one. A `budget` of {enough:.2f} would pay for short "
+            "cycles.",
+            stacklevel=4,
+        )
+        reasons.append(_auto_results.USUALLY)
+        return Found(USUAL[kind], WEAK_KAPPAS, test, None, tuple(reasons))
+    decades = step * (np.arange(size) - (size - 1) / 2)
+    top = (suggested or USUAL[kind]) * 10.0 ** decades[-1]
+    if suggested is None:
+        top = min(top, _ceiling(test))
+    cycles = _short_cycles(asked, top * 10.0 ** (decades - decades[-1]), num_steps)
+    _check_learns(test, cycles, suggested is not None)
+    reasons += [_auto_results.told_of_cycles(cycles), _auto_results.SHORT]
+    peak = float(cycles.peak_learning_rates[cycles.scores.argmin()])
+    return Found(peak, WEAK_KAPPAS, test, cycles, tuple(reasons))
+
+
 def probed(asked: Asked, allowed: int) -> Found:
     """What so many steps tell; the usual peak if there are none."""
     kind = asked.optimizer
     if not allowed:
         return Found(USUAL[kind], WEAK_KAPPAS, None, None, (_auto_results.USUALLY,))
-    part = max(LEAST_CYCLE_STEPS, asked.total_steps // PARTS[kind])
-    spared = 3 * part + 1  # The first step is made twice, to see that the rate acts.
-    if allowed - spared < 50:  # Fewer do not make a range test.
+    spared = _spared(asked)
+    if allowed - spared < BESIDE_CYCLES:
         spared = 0
     test = _range_test(asked, min(RANGE_STEPS, allowed - spared - 1))
     reasons = [_auto_results.told_of(test)]
@@ -145,50 +204,16 @@ def probed(asked: Asked, allowed: int) -> Found:
     try:
         suggested = suggest_learning_rate(test, optimizer=kind)
         reasons.append(
-            f"It suggests {suggested:.3g}, by {_auto_results.METHODS[kind]}."
+            f"It suggests {suggested:.3g}, on a smoothed curve by "
+            f"{_auto_results.METHODS[kind]}."
         )
-    except ValueError as error:
-        reasons.append(f"It suggests no rate: {error}")
+    except ValueError:
+        reasons.append(_auto_results.NO_RATE)
     left = allowed - asked.used() - 1
-    # No rate above the one that diverged.
-    ceiling = float(test.learning_rates[-1]) if test.diverged else np.inf
-    if suggested is not None and (kind == "adamw" or left < 3 * part):
+    if suggested is not None and (kind == "adamw" or left < _spared(asked) - 1):
         raised = kind == "adamw" and asked.has_decay
         peak = FACTOR * suggested if raised else suggested
-        reasons += [*[_auto_results.RAISED] * raised, _auto_results.ONE_TEST]
-        return Found(min(peak, ceiling), KAPPAS, test, None, tuple(reasons))
-    longest = max(LEAST_CYCLE_STEPS, asked.total_steps // 20)
-    size, step = min(5, max(3, left // longest)), 1.0
-    if suggested is not None:
-        size, step = (5, 0.25) if size == 5 else (3, 0.5)
-    num_steps = min(left // size, longest)
-    if num_steps < LEAST_CYCLE_STEPS:
-        _check_usual(test, kind, ceiling)
-        warnings.warn(
-            f"`budget` leaves {allowed} steps to the probes. {' '.join(reasons)} So the"
-            " peak is a usual one. Short cycles would need "
-            f"{3 * LEAST_CYCLE_STEPS} steps more at least.",
-            stacklevel=3,
-        )
-        reasons.append(_auto_results.USUALLY)
-        return Found(USUAL[kind], WEAK_KAPPAS, test, None, tuple(reasons))
-    decades = step * (np.arange(size) - (size - 1) / 2)
-    top = (suggested or USUAL[kind]) * 10.0 ** decades[-1]
-    if suggested is None:
-        top = min(top, ceiling)
-    cycles = _short_cycles(asked, top * 10.0 ** (decades - decades[-1]), num_steps)
-    _check_learns(test, cycles, suggested is not None)
-    reasons.append(_auto_results.told_of_cycles(cycles))
-    peak = float(cycles.peak_learning_rates[cycles.scores.argmin()])
-    return Found(peak, WEAK_KAPPAS, test, cycles, tuple(reasons))
-
-
-def _check_usual(test: RangeTestResult, optimizer: Optimizer, ceiling: float) -> None:
-    """Raises unless the usual peak lies below divergence."""
-    _checks.require(
-        USUAL[optimizer] < ceiling,
-        "budget",
-        "large enough for short cycles, where a range test suggests no rate and "
-        f"diverges below the usual one, {USUAL[optimizer]}",
-        f"one that was used up ({_auto_results.told_of(test)})",
-    )
+        reasons += [*[_auto_results.RAISED] * raised, _auto_results.sure_of(test)]
+        peak = min(peak, _ceiling(test))
+        return Found(peak, KAPPAS, test, None, tuple(reasons))
+    return _from_cycles(asked, allowed, test, suggested, reasons)

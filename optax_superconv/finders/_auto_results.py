@@ -20,21 +20,21 @@ METHODS: dict[Optimizer, str] = {
     "adamw": "the knee, where nine tenths of the fall are done",
     "sgd": "the middle between a tenth of the rate of the lowest loss and divergence",
 }
-RAISED = (
-    "The peak is three times that: a weight decay as strong as here makes up for a "
-    "peak that is too high, and goes best with one above the knee."
+NO_RATE = (
+    "It suggests no rate: no fall stands out from the noise of its losses, or too few "
+    "of them are finite."
 )
-ONE_TEST = (
-    "How sure: it is one reading of one test. docs/find_the_rate.md says where that "
-    "misses, and how far. A run at a third and one at three times the peak would tell."
+RAISED = (
+    "The peak is three times that, which did best with this weight decay on the small "
+    "tasks that chose it."
+)
+SHORT = (
+    "How sure: the true one may lie between these rates, and a long run may want "
+    "another peak than a short one."
 )
 USUALLY = (
     "The peak was not measured: it is the one that did best on a few small tasks, and "
     "may be off tenfold and more."
-)
-DECAYED = (
-    "Weight decay: such that the weights shrink as far at any peak and length; it was "
-    "not measured."
 )
 GROUPED = (
     "The state has rates of groups, of which the peak is the common one: `tx` has no "
@@ -135,6 +135,8 @@ class AutoOneCycleResult:
             f"{found['max_momentum']} to {found['base_momentum']} and back; weight "
             f"decay {found['weight_decay']:.3g}.",
             *self.reasons,
+            f"`tx` is one `osc.{self.optimizer}` of these numbers: chain before it "
+            "what else your optimizer does, as clipping.",
             f"Cost: {self.steps_used:,} training steps, {share:.0%} of the run.",
         ]
         return "\n".join(line for text in told for line in textwrap.wrap(text, 88))
@@ -142,13 +144,32 @@ class AutoOneCycleResult:
 
 def told_of(test: RangeTestResult) -> str:
     """What a range test saw."""
-    rates, losses = test.learning_rates, test.losses
+    rates, losses = test.learning_rates, test.smoothed_losses
     lowest = int(np.nanargmin(losses))
-    end = "it diverged" if test.diverged else "nothing diverged"
+    end = "it diverged" if test.diverged else "no divergence ended it"
     return (
         f"Range test: in {len(rates)} steps from {rates[0]:.3g} to {rates[-1]:.3g} the "
-        f"loss went from {losses[0]:.4g} down to {losses[lowest]:.4g}, at "
+        f"smoothed loss went from {losses[0]:.4g} down to {losses[lowest]:.4g}, at "
         f"{rates[lowest]:.2g}, and {end}."
+    )
+
+
+def sure_of(test: RangeTestResult) -> str:
+    """What to think of one reading."""
+    steps = len(test.losses)
+    better = ", where 200 are read better" if steps < 150 else ""
+    return (
+        f"How sure: it is one reading of one test of {steps} steps{better}. "
+        "docs/find_the_rate.md says where that misses, and how far. A run at a third "
+        "and one at three times the peak would tell."
+    )
+
+
+def told_of_decay(product: float) -> str:
+    """What the decay is, given what it makes with peak and steps."""
+    return (
+        "The weight decay takes the place of yours. It was not measured: peak x decay "
+        f"x steps is {product:.2g}, which says how much of its weights the run forgets."
     )
 
 
@@ -162,7 +183,8 @@ def told_of_cycles(cycles: ShortCycles) -> str:
     text = f"Short cycles of {cycles.losses.shape[1]} steps: mean losses, second half, "
     text += f"of {ends}."
     best = int(cycles.scores.argmin())
+    level = cycles.scores.min() == cycles.scores.max()
     for side, end in (("low", 0), ("high", len(peaks) - 1)):
-        if best == end and np.isfinite(cycles.scores[best]):
+        if best == end and np.isfinite(cycles.scores[best]) and not level:
             text += f" The {side}est rate was the best, so a {side}er may be better."
     return text
