@@ -204,7 +204,8 @@ def test_a_budget_too_small_for_short_cycles_warns_of_a_usual_peak():
     with pytest.warns(UserWarning, match=message) as caught:
         found = on_a_plateau(1200, budget=0.05)
     assert caught[0].filename == __file__  # The caller's line.
-    assert on_a_plateau(1200, budget=0.12).short_cycles is not None
+    with pytest.raises(ValueError, match="Short cycles of 30 steps"):
+        on_a_plateau(1200, budget=0.12)  # They are too short to leave the plateau.
     assert found.hyperparams["peak_learning_rate"] == 0.016
     assert "was not measured" in found.report()
 
