@@ -109,6 +109,27 @@ def test_adamw_takes_three_times_what_a_range_test_suggests():
     assert found.short_cycles is None
 
 
+def test_no_peak_of_adamw_is_above_divergence():
+    """It comes at twice the rate at which most of the fall is done."""
+    tx = osc.adamw(1e-3)
+
+    @jax.jit
+    def step_fn(state, batch):
+        w, opt_state = state
+        updates, opt_state = tx.update(jnp.ones(()), opt_state, w)
+        rate = osc.read_hyperparams(opt_state)["learning_rate"]
+        loss = jnp.where(rate < 0.02, 1 / (1 + (rate / 0.003) ** 4), jnp.inf)
+        return (w + updates, opt_state), loss + 1e-3 * batch
+
+    noise = np.float32(np.random.default_rng(0).normal(size=500))
+    state = jnp.zeros(()), tx.init(jnp.zeros(()))
+    found = osc.auto_onecycle(step_fn, state, noise, 1000, stacked=True)
+    last = found.range_test.learning_rates[-1]
+    assert osc.suggest_learning_rate(found.range_test) < last < 0.025
+    peak = found.hyperparams["peak_learning_rate"]
+    np.testing.assert_allclose(peak, last, rtol=1e-3)
+
+
 def test_adamw_without_a_decay_takes_what_a_range_test_suggests():
     tx = osc.adamw(1e-3, weight_decay=0.0)
     found = osc.auto_onecycle(step_with(tx), start(tx), make_batches(), 1000)
