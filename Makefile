@@ -44,6 +44,7 @@ bench-quality: .venv/dev.stamp
 	for name in range_test_quality range_test_spread; do \
 	    $(BIN)/python benchmarks/$$name.py --out benchmarks/results || exit 1; \
 	done
+	$(BIN)/python benchmarks/no_dials.py --data $(DATA) --out benchmarks/results
 	$(BIN)/python benchmarks/documents.py
 
 # The oldest JAX, Optax and Flax that pyproject.toml admits.

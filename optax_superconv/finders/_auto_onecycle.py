@@ -44,18 +44,19 @@ def auto_onecycle(
 
     * by a range test of at most 200 steps (see :func:`range_test`), read as
       :func:`suggest_learning_rate` does. With AdamW, if it decays weights, the peak is
-      three times that, below divergence;
+      three times that, unless the test saw divergence at such a rate;
     * with SGD, then by three or five cycles of a 20th of the run, at that rate and up
       to half a decade below and above it, side by side on the same batches. The peak is
       the one with the lowest mean loss in its second half. (Not where the budget would
       leave less than 50 steps to the range test);
     * with either, where the range test suggests no rate, as on a plateau that no rate
       leaves within its steps, by three to five such cycles a decade apart, around a
-      usual peak and below divergence.
+      usual peak and not above the rate at which divergence was seen. With AdamW three
+      are of a 40th of the run.
 
     The weight decay is :math:`\lambda = \kappa / (\eta T)` for a peak :math:`\eta` and
     :math:`T` steps, with :math:`\kappa = \min(5, T / 400)` for AdamW, or 1 in place of
-    5 where the range test suggests no rate; for SGD, whose momentum repeats the decay,
+    5 where no range test suggests a rate; for SGD, whose momentum repeats the decay,
     it is a tenth of :math:`\min(1, T / 400)`. So the run forgets about as much of its
     weights at any rate, and none forgets them within 400 steps.
 
@@ -67,15 +68,16 @@ def auto_onecycle(
       step_fn: ``(state, batch) -> (state, loss)``, as for :func:`range_test`.
       state: As for :func:`range_test`, with one dial ``learning_rate`` and one
         ``b1`` (AdamW) or ``momentum`` (SGD). If it has a ``weight_decay``, as that of
-        ``adamw(1e-3)`` and ``sgd(0.1, weight_decay=1e-4)``, one is chosen in its place.
-        Yours survives; for short cycles there are up to five copies.
+        ``adamw(1e-3)`` and ``sgd(0.1, weight_decay=1e-4)``, one is chosen in its place;
+        one of 0 stays 0. Yours survives; for short cycles there are up to six copies.
       batches: As for :func:`range_test`; in the order of training, best shuffled.
       total_steps: Optimizer steps of the run to come, at least 1.
       optimizer: ``"sgd"`` or ``"adamw"``. None is what the state tells by its moments.
       budget: What the probes may cost, as a fraction of ``total_steps``, at least 0; if
-        above, at least 20 steps. 0 measures nothing: the peak is then a usual one,
-        0.016 for AdamW, 0.16 for SGD, which may be off tenfold and more. A rate that
-        does not act at first, as where all gradients are 0, costs steps beyond.
+        above, at least 20 steps (below 50, few suggest a rate). 0 measures nothing: the
+        peak is then a usual one, 0.016 for AdamW, 0.16 for SGD, which may be off
+        tenfold and more. A rate that does not act at first, as where all gradients are
+        0, costs steps beyond.
       accumulation_steps: Batches of each step; as for :func:`range_test`.
       stacked: Whether ``batches`` has a leading axis of steps; as for
         :func:`range_test`.
@@ -140,9 +142,10 @@ def auto_onecycle(
         "chain, or of `optax.inject_hyperparams`)",
         f"one that holds {', '.join(knobs) or 'none'}",
     )
-    has_decay = DECAY in knobs
-    names = [RATE, moved, *[DECAY] * has_decay]
+    names = [RATE, moved, *[DECAY] * (DECAY in knobs)]
     _steps.check_dials(state, knobs, names, may_pass=False)
+    held = _records.read_hyperparams(state)
+    has_decay = DECAY in knobs and float(held[DECAY]) != 0
     allowed = math.floor(budget * total_steps + 1e-6)
     _checks.require(
         budget == 0 or allowed >= LEAST_RANGE_STEPS,
@@ -160,7 +163,8 @@ def auto_onecycle(
     found = _auto_probes.probed(asked, allowed)
     peak, decay, reasons = _short(found.peak), 0.0, list(found.reasons)
     if has_decay:
-        decay = _short(asked.decay_for(peak, found.kappas))
+        decay = _auto_probes.decay_for(peak, total_steps, optimizer, found.kappas)
+        decay = _short(decay)
         reasons.append(_auto_results.told_of_decay(peak * decay * total_steps))
     if any(name.startswith(f"{RATE}/") for name in knobs):
         reasons.append(_auto_results.GROUPED)
@@ -172,7 +176,6 @@ def auto_onecycle(
         DECAY: decay,
     }
     if optimizer == "adamw":
-        held = _records.read_hyperparams(state)
         hyperparams |= {x: float(str(held[x])) for x in ("b2", "eps") if x in held}
     return AutoOneCycleResult(
         total_steps,

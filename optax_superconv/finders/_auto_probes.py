@@ -34,10 +34,10 @@ BESIDE_CYCLES = 50  # Fewer do not make a range test that others follow.
 # above the knee, and forgives a peak that is too high.
 FACTOR = 3.0
 
-# Peak x weight decay x steps: in a run the weights shrink by exp(-1/2) of it, or of ten
-# times as much with SGD, whose momentum repeats its coupled decay. A strong decay keeps
-# weights down where the peak is too low, so a peak that AdamW did not measure gets the
-# weaker one. Nor may a step forget so much that short runs cannot learn.
+# Peak x weight decay x steps. If it is k, a run shrinks its weights by exp(-k / 2), or
+# with SGD, whose momentum repeats its coupled decay, by ten times that exponent. A
+# strong decay keeps weights down where the peak is too low, so a peak that was not
+# measured gets the weaker one. Nor may a run forget faster than it learns.
 KAPPAS: dict[Optimizer, float] = {"adamw": 5.0, "sgd": 0.1}
 WEAK_KAPPAS: dict[Optimizer, float] = {"adamw": 1.0, "sgd": 0.1}
 STEPS_TO_FORGET = 400
@@ -51,7 +51,7 @@ class Asked(NamedTuple):
     source: Iterator[Any]
     total_steps: int
     optimizer: Optimizer
-    has_decay: bool  # whether the state has a dial for it
+    has_decay: bool  # whether the state has a dial for it, which is not 0
     progress: bool
     calls: list[int]  # of the step, in one place
 
@@ -59,10 +59,13 @@ class Asked(NamedTuple):
         """Training steps until now, those that were made twice included."""
         return -(-self.calls[0] // self.form.accumulation_steps)
 
-    def decay_for(self, peak: Any, kappas: dict[Optimizer, float]) -> Any:
-        """The decay that makes that product, or the most that is forgotten in time."""
-        most = (0.1 if self.optimizer == "sgd" else 1.0) / STEPS_TO_FORGET
-        return min(kappas[self.optimizer] / self.total_steps, most) / peak
+
+def decay_for(
+    peak: Any, total_steps: int, optimizer: Optimizer, kappas: dict[Optimizer, float]
+) -> Any:
+    """The decay that makes that product, or the most that does not forget too soon."""
+    most = (0.1 if optimizer == "sgd" else 1.0) / STEPS_TO_FORGET
+    return min(kappas[optimizer] / total_steps, most) / peak
 
 
 class Found(NamedTuple):
@@ -105,7 +108,8 @@ def _short_cycles(asked: Asked, peaks: np.ndarray, num_steps: int) -> ShortCycle
         MOMENTUM[asked.optimizer]: np.broadcast_to(momentum, (size, num_steps)),
     }
     if asked.has_decay:
-        values[DECAY] = np.float32(asked.decay_for(peaks, WEAK_KAPPAS))
+        decays = decay_for(peaks, asked.total_steps, asked.optimizer, WEAK_KAPPAS)
+        values[DECAY] = np.float32(decays)
     members = _members.one_by_one(asked.form, asked.state, values)
     title, form, source = "short cycles", asked.form, asked.source
     losses = _members.train(
@@ -132,7 +136,7 @@ def _check_learns(test: RangeTestResult, cycles: ShortCycles, suggests: bool) ->
 
 
 def _ceiling(test: RangeTestResult) -> float:
-    """No rate above the one that diverged."""
+    """The rate at which divergence was seen."""
     return float(test.learning_rates[-1]) if test.diverged else math.inf
 
 
@@ -212,8 +216,8 @@ def probed(asked: Asked, allowed: int) -> Found:
     left = allowed - asked.used() - 1
     if suggested is not None and (kind == "adamw" or left < _spared(asked) - 1):
         raised = kind == "adamw" and asked.has_decay
+        raised &= FACTOR * suggested < _ceiling(test)
         peak = FACTOR * suggested if raised else suggested
         reasons += [*[_auto_results.RAISED] * raised, _auto_results.sure_of(test)]
-        peak = min(peak, _ceiling(test))
         return Found(peak, KAPPAS, test, None, tuple(reasons))
     return _from_cycles(asked, allowed, test, suggested, reasons)
