@@ -182,6 +182,8 @@ def refined(cell: Cell, seed: int) -> Outcome:
     """One cycle, whose norms shape the rate of a second run; its momentum stays."""
     steps, adam = cell.task.num_steps, cell.optimizer == "adamw"
     first = auto(cell, seed, 0.25, on_top=True)
+    if first.said:
+        return first
     dials = one_cycle(first.peak, steps, first.decay)
     record = osc.record_gradient_norms(steps, ord=1 if adam else 2)
     training = tasks.Training(

@@ -89,12 +89,13 @@ def auto_onecycle(
 
     Raises:
       ValueError: If the probes cannot be made of what they may cost (the message names
-        the least run that would do); if no rate lowers the loss (the message shows the
-        evidence); and as :func:`range_test`.
+        the least run that would do); if no rate lowers the loss and the usual one
+        raises it (the message shows the evidence); and as :func:`range_test`.
 
     Warns:
-      UserWarning: If the range test suggests no rate, and took what short cycles would
-        need. The peak is then as without a budget, if that did not diverge.
+      UserWarning: If the range test suggests no rate and short cycles tell none, as it
+        took what they need, or no loss falls by more than its noise. The peak is then
+        as without a budget, unless that does harm.
 
     Examples:
       >>> import jax

@@ -120,14 +120,10 @@ def _short_cycles(asked: Asked, peaks: np.ndarray, num_steps: int) -> ShortCycle
     return ShortCycles(np.asarray(peaks, np.float32), losses, scores)
 
 
-def _check_learns(test: RangeTestResult, cycles: ShortCycles, suggests: bool) -> None:
-    """Raises unless the best short cycle ends, and where nothing else tells, learns."""
-    first = test.losses[: max(3, len(test.losses) // 10)]
-    last = cycles.losses.shape[1] - cycles.losses.shape[1] // 2
-    doubt = 3 * _runs.noise(test.losses) * math.sqrt(1 / len(first) + 1 / last)
-    level = np.inf if suggests else float(np.median(first)) - doubt
+def _check_learns(is_met: Any, test: RangeTestResult, cycles: ShortCycles) -> None:
+    """Raises, with what was seen."""
     _checks.require(
-        bool(cycles.scores.min() < level),
+        bool(is_met),
         "step_fn",
         "a step that lowers the loss at some rate, within the steps of the probes "
         "(a larger `budget` has more)",
@@ -135,20 +131,50 @@ def _check_learns(test: RangeTestResult, cycles: ShortCycles, suggests: bool) ->
     )
 
 
+def _learns(test: RangeTestResult, cycles: ShortCycles, usual: float) -> bool:
+    """Whether a short cycle lowers the loss; raises if none, and the usual rate harms.
+
+    On a plateau, nothing is seen of either.
+    """
+    first = test.losses[: max(3, len(test.losses) // 10)]
+    last = cycles.losses.shape[1] - cycles.losses.shape[1] // 2
+    doubt = 3 * _runs.noise(test.losses) * math.sqrt(1 / len(first) + 1 / last)
+    falls = float(np.median(first)) - cycles.scores
+    nearest = np.abs(np.log(cycles.peak_learning_rates / usual)).argmin()
+    learns = bool(falls.max() > doubt)
+    _check_learns(learns or -falls[nearest] < doubt, test, cycles)
+    return learns
+
+
 def _ceiling(test: RangeTestResult) -> float:
     """The rate at which divergence was seen."""
     return float(test.learning_rates[-1]) if test.diverged else math.inf
 
 
-def _check_usual(test: RangeTestResult, optimizer: Optimizer) -> None:
-    """Raises unless the usual peak lies below divergence."""
+def _usually(
+    asked: Asked,
+    allowed: int,
+    test: RangeTestResult,
+    cycles: ShortCycles | None,
+    reasons: list[str],
+    more: str,
+) -> Found:
+    """The usual peak, with a warning; raises if it diverged."""
+    peak = USUAL[asked.optimizer]
     _checks.require(
-        USUAL[optimizer] < _ceiling(test),
+        peak < _ceiling(test),
         "budget",
-        "large enough for short cycles, where a range test suggests no rate and "
-        f"diverges below the usual one, {USUAL[optimizer]}",
+        "large enough for probes that tell a rate, where the usual one, "
+        f"{peak}, diverges",
         f"one that was used up ({_auto_results.told_of(test)})",
     )
+    warnings.warn(
+        f"`budget` leaves {allowed} steps to the probes. {' '.join(reasons)} So the "
+        f"peak is a usual one. {more}",
+        stacklevel=5,
+    )
+    reasons = [*reasons, _auto_results.USUALLY]
+    return Found(peak, WEAK_KAPPAS, test, cycles, tuple(reasons))
 
 
 def _spared(asked: Asked) -> int:
@@ -172,24 +198,23 @@ def _from_cycles(
         size, step = (5, 0.25) if size == 5 else (3, 0.5)
     num_steps = min(left // size, longest)
     if num_steps < LEAST_CYCLE_STEPS:
-        _check_usual(test, kind)
         enough = BESIDE_CYCLES + _spared(asked)
         enough = math.ceil(100 * enough / asked.total_steps) / 100
-        warnings.warn(
-            f"`budget` leaves {allowed} steps to the probes. {' '.join(reasons)} So the"
-            f" peak is a usual one. A `budget` of {enough:.2f} would pay for short "
-            "cycles.",
-            stacklevel=4,
-        )
-        reasons.append(_auto_results.USUALLY)
-        return Found(USUAL[kind], WEAK_KAPPAS, test, None, tuple(reasons))
+        more = f"A `budget` of {enough:.2f} would pay for short cycles."
+        return _usually(asked, allowed, test, None, reasons, more)
     decades = step * (np.arange(size) - (size - 1) / 2)
     top = (suggested or USUAL[kind]) * 10.0 ** decades[-1]
     if suggested is None:
         top = min(top, _ceiling(test))
     cycles = _short_cycles(asked, top * 10.0 ** (decades - decades[-1]), num_steps)
-    _check_learns(test, cycles, suggested is not None)
-    reasons += [_auto_results.told_of_cycles(cycles), _auto_results.SHORT]
+    reasons.append(_auto_results.told_of_cycles(cycles))
+    if suggested is not None:
+        _check_learns(np.isfinite(cycles.scores).any(), test, cycles)
+    elif not _learns(test, cycles, USUAL[kind]):
+        reasons.append(_auto_results.PLATEAU)
+        more = "A larger `budget` may see more."
+        return _usually(asked, allowed, test, cycles, reasons, more)
+    reasons.append(_auto_results.SHORT)
     peak = float(cycles.peak_learning_rates[cycles.scores.argmin()])
     return Found(peak, WEAK_KAPPAS, test, cycles, tuple(reasons))
 

@@ -28,6 +28,10 @@ RAISED = (
     "The peak is three times that, which did best with this weight decay on the small "
     "tasks that chose it."
 )
+PLATEAU = (
+    "No fall stands out from the noise: there is a plateau at the start that takes "
+    "longer to leave, or nothing to learn."
+)
 SHORT = (
     "How sure: the true one may lie between these rates, and a long run may want "
     "another peak than a short one."
