@@ -368,24 +368,6 @@ def test_dials_of_inject_hyperparams_cycle_as_the_recipe_does():
         np.testing.assert_allclose(losses[:20], expected[:20], rtol=1e-4)
 
 
-def test_a_ladder_of_thousands_is_applied_rung_by_rung():
-    """Its values are put where the state is in blocks."""
-    tx = osc.sgd(0.1)
-
-    def step_fn(state, batch):
-        w, opt_state = state
-        updates, opt_state = tx.update(jnp.ones(()), opt_state, w)
-        rate = osc.read_hyperparams(opt_state)["learning_rate"]
-        return (w + updates, opt_state), rate
-
-    w = jnp.zeros(())
-    found = osc.range_test(
-        jax.jit(step_fn), (w, tx.init(w)), [None], num_steps=2100, divergence_factor=1e9
-    )
-    np.testing.assert_array_equal(found.losses, found.learning_rates)
-    assert len(found.losses) == 2100
-
-
 def test_all_probes_share_one_trace_and_may_donate():
     tx, traces = osc.sgd(0.1, weight_decay=1e-4), []
 

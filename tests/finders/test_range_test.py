@@ -216,6 +216,24 @@ def test_held_out_losses_end_where_the_losses_do():
     assert len(result.eval_losses) == len(result.losses) < 100
 
 
+def test_a_ladder_of_thousands_is_applied_rung_by_rung():
+    """Its values are put where the state is in blocks."""
+    tx = osc.sgd(0.1)
+
+    def step_fn(state, batch):
+        w, opt_state = state
+        updates, opt_state = tx.update(jnp.ones(()), opt_state, w)
+        rate = osc.read_hyperparams(opt_state)["learning_rate"]
+        return (w + updates, opt_state), rate
+
+    w = jnp.zeros(())
+    found = osc.range_test(
+        jax.jit(step_fn), (w, tx.init(w)), [None], num_steps=2100, divergence_factor=1e9
+    )
+    np.testing.assert_array_equal(found.losses, found.learning_rates)
+    assert len(found.losses) == 2100
+
+
 # --- the caller's things --------------------------------------------------------------
 
 
