@@ -50,9 +50,9 @@ def auto_onecycle(
       the one with the lowest mean loss in its second half. (Not where the budget would
       leave less than 50 steps to the range test);
     * with either, where the range test suggests no rate, as on a plateau that no rate
-      leaves within its steps, by three to five such cycles a decade apart, around a
-      usual peak and not above the rate at which divergence was seen. With AdamW three
-      are of a 40th of the run.
+      leaves within its steps, by three to five cycles a decade apart, of a 40th to a
+      20th of the run (at least 10 steps), around a usual peak and not above the rate at
+      which divergence was seen.
 
     The weight decay is :math:`\lambda = \kappa / (\eta T)` for a peak :math:`\eta` and
     :math:`T` steps, with :math:`\kappa = \min(5, T / 400)` for AdamW, or 1 in place of
