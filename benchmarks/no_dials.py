@@ -411,7 +411,7 @@ def main() -> None:
     count, arms = 3, {o: arms_of(o) for o in OPTIMIZERS}
     if args.smoke:
         members, count = {("noisy_cancer", "adamw"): True}, 1
-        few = ("range test, one cycle", DEFAULT, "DoG, averaged")
+        few = (DEFAULT, "Prodigy, cosine")
         arms["adamw"] = {name: arms["adamw"][name] for name in few}
     # The first seeds of the stored grid.
     firsts = {key: TUNING if chooses else REPORTING for key, chooses in members.items()}
