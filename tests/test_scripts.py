@@ -30,8 +30,9 @@ def test_smoke(path, tmp_path, monkeypatch):
     begin = time.perf_counter()
     runpy.run_path(str(path), run_name="__main__")
     assert list(tmp_path.iterdir())
-    # Ten seconds alone on two cores; here it shares them with other tests.
-    assert time.perf_counter() - begin < 60
+    # Ten seconds alone on two cores; here it shares them with other tests, and the same
+    # machine was seen at half its speed.
+    assert time.perf_counter() - begin < 120
     stored = ROOT / "examples" / "results" / f"{path.stem}.json"
     if stored.exists():
         records = [json.loads(f.read_text()) for f in (stored, tmp_path / stored.name)]
