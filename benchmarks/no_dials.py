@@ -7,7 +7,7 @@ judged by the third, in turn. An arm's regret is its held-out loss over the refe
 both means over the seeds; a run that ends worse than it began, or not at all, counts as
 untrained. A second figure is the share of the reference's fall that is lost. On the
 Poisson equation the pick by two seeds is several times worse than the grid's best, and
-every arm ahead of it; so means are also told without that task.
+many arms are ahead of it; so means are also told without that task.
 
 All arms train for as many steps as the grid did, those of their probes included, unless
 a row says "on top". The constants of ``auto_onecycle`` were chosen on one half of the

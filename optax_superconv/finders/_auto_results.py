@@ -89,6 +89,12 @@ class AutoOneCycleResult:
     reasons: tuple[str, ...]
 
     @property
+    def evidence(self) -> dict[str, RangeTestResult | ShortCycles]:
+        """The probes that were made, ``"range_test"`` and ``"short_cycles"``."""
+        made = {"range_test": self.range_test, "short_cycles": self.short_cycles}
+        return {name: probe for name, probe in made.items() if probe is not None}
+
+    @property
     def learning_rate(self) -> optax.Schedule:
         """The schedule of the rate."""
         return self._cycle()[0]

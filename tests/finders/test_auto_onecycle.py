@@ -394,6 +394,19 @@ def test_groups_are_said_to_be_left_to_the_caller():
     assert "`tx` has no groups" in " ".join(found.report().split())
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "budget", "names"),
+    [
+        ("sgd", 0.25, ["range_test", "short_cycles"]),
+        ("adamw", 0.25, ["range_test"]),
+        ("adamw", 0, []),
+    ],
+)
+def test_the_evidence_is_the_probes_that_were_made(optimizer, budget, names):
+    found = found_with(optimizer, budget)
+    assert found.evidence == {name: getattr(found, name) for name in names}
+
+
 # --- what is shown --------------------------------------------------------------------
 
 
